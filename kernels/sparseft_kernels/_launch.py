@@ -1,0 +1,81 @@
+"""What every launcher needs: the one allocator, grid, device guard, interpreter switch."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+__all__ = ["INTERPRETING", "as_bits", "empty", "launch", "round_to", "triton_dtype"]
+
+# `@triton.jit` reads the variable when it decorates, so a process either interprets or compiles.
+INTERPRETING = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+_INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_TRITON = {
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+}
+
+
+def empty(size: int, like: Tensor) -> Tensor:
+    """Allocate an uninitialised vector in the dtype and on the device of ``like``.
+
+    The only allocation a launcher makes, so that tests can poison it.
+    """
+    return torch.empty(size, dtype=like.dtype, device=like.device)
+
+
+def as_bits(x: Tensor) -> Tensor:
+    """View a tensor as signed integers of its width: copies then cannot touch a NaN's payload."""
+    return x.view(_INTEGER[x.element_size()])
+
+
+def triton_dtype(dtype: torch.dtype) -> tl.dtype:
+    """Return Triton's name for a floating dtype."""
+    return _TRITON[dtype]
+
+
+def launch(
+    kernel: Any,
+    entries: int,
+    device: torch.device,
+    *args: Any,
+    block: int,
+    num_warps: int,
+    **meta: Any,
+) -> None:
+    """Run an entry-wise kernel with one program per ``block`` entries; nothing for none.
+
+    FP fusion is off, so that bits do not depend on Triton's default (3.10 flips it).
+    """
+    if entries == 0:
+        return
+    guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    with guard:
+        kernel[(triton.cdiv(entries, block),)](
+            *args, entries, BLOCK=block, num_warps=num_warps, enable_fp_fusion=False, **meta
+        )
+
+
+@triton.jit
+def round_to(x, DTYPE: tl.constexpr):
+    """Round fp32 (or fp64) to DTYPE, to nearest even.
+
+    The interpreter truncates fp32 to bf16 (Triton 3.6 and 3.9), so there the carry is added on the
+    bits.
+    """
+    if INTERPRETING and DTYPE == tl.bfloat16:
+        bits = x.to(tl.float32).to(tl.int32, bitcast=True)
+        finite = (bits & 0x7F800000) != 0x7F800000
+        bits = tl.where(finite, bits + 0x7FFF + ((bits >> 16) & 1), bits)
+        return (bits & -65536).to(tl.float32, bitcast=True).to(tl.bfloat16)
+    else:
+        return x.to(DTYPE)

@@ -1,0 +1,71 @@
+"""sparseft: sparse fine-tuning that is exact, composable and fast.
+
+Names load on first use, so ``import sparseft`` touches no device and imports neither torch nor
+transformers.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from sparseft._version import __version__
+
+if TYPE_CHECKING:
+    from sparseft.adapter import Adapter
+    from sparseft.attach import Attachment, attach
+    from sparseft.composition import Composer, compose_adapters
+    from sparseft.diff import SparseDiff, SparsePattern
+    from sparseft.errors import SparseFtError
+    from sparseft.ops import backend
+    from sparseft.optim import SparseAdamW, SparseSGD
+    from sparseft.selection import register_selector, select
+    from sparseft.training import lottery_ticket
+
+# Public name -> module that defines it.
+_EXPORTS = {
+    "Adapter": "sparseft.adapter",
+    "Attachment": "sparseft.attach",
+    "Composer": "sparseft.composition",
+    "SparseAdamW": "sparseft.optim",
+    "SparseDiff": "sparseft.diff",
+    "SparseFtError": "sparseft.errors",
+    "SparsePattern": "sparseft.diff",
+    "SparseSGD": "sparseft.optim",
+    "attach": "sparseft.attach",
+    "backend": "sparseft.ops",
+    "compose_adapters": "sparseft.composition",
+    "lottery_ticket": "sparseft.training",
+    "register_selector": "sparseft.selection",
+    "select": "sparseft.selection",
+}
+
+__all__ = [
+    "Adapter",
+    "Attachment",
+    "Composer",
+    "SparseAdamW",
+    "SparseDiff",
+    "SparseFtError",
+    "SparsePattern",
+    "SparseSGD",
+    "__version__",
+    "attach",
+    "backend",
+    "compose_adapters",
+    "lottery_ticket",
+    "register_selector",
+    "select",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'sparseft' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_EXPORTS[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,440 @@
+"""`attach`: put masks on a model, in place, and the handle that trains, saves and removes them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from sparseft._text import did_you_mean
+from sparseft.adapter import Adapter, AdapterMetadata
+from sparseft.diff import MaskLike, SparseDiff, SparsePattern
+from sparseft.errors import AttachError, MaskError, StackOrderError, UnknownNameError
+from sparseft.modules.adapter_values import values_at
+from sparseft.modules.class_swap import mask_attribute, masked_attributes, unmask_attribute
+from sparseft.modules.compact import (
+    ATTACHMENTS,
+    start_compact_state_dict,
+    stop_compact_state_dict,
+)
+from sparseft.modules.fingerprint import fingerprint_model, verify_fingerprint
+from sparseft.modules.full_params import FullParameter
+from sparseft.modules.input_grads import (
+    InputGrads,
+    hook_input_embeddings,
+    unhook_input_embeddings,
+)
+from sparseft.modules.leaves import MaskedParameter, leaf_attribute
+from sparseft.modules.mask_plan import check_roles, resolve_masks
+from sparseft.modules.names import ParameterIndex
+from sparseft.modules.regroup import regroup_
+from sparseft.modules.storage_stack import parents_of
+
+__all__ = ["Attachment", "MaskReport", "attach", "attachments_of"]
+
+
+class MaskReport(NamedTuple):
+    """One row of `Attachment.report`."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    nnz: int
+    density: float
+    changed: int  # entries of the diff that are not zero
+    l1: float
+    max_abs: float
+
+
+def attach(
+    model: nn.Module,
+    masks: Mapping[str, MaskLike] | Adapter,
+    *,
+    full_params: Sequence[str] = (),
+    optimizer: Optimizer | None = None,
+    compact_state_dict: bool = False,
+    input_grads: InputGrads = "auto",
+    backend: str | None = None,
+) -> Attachment:
+    """Make a model trainable at masks only, in place.
+
+    Each masked weight W keeps its place and its forward; its module gets one leaf ``diff_{attr}``
+    (nnz numbers) and ``W[indices] = rn(base + leaf)`` after every optimizer step. Everything else
+    is frozen, except ``full_params``.
+
+    Args:
+        model: any module, on any device; may be wrapped.
+        masks: parameter name -> bool mask of its shape (True = trainable) or `SparsePattern`;
+            names of tied weights are interchangeable. An `Adapter` gives its masks and its values
+            to start from, and its dense tensors as full parameters.
+        full_params: globs of parameters to train densely (heads).
+        optimizer: one that holds the model's parameters already; its groups are rewritten.
+        compact_state_dict: ``model.state_dict()`` holds only leaves, full parameters and buffers,
+            with a digest of each base that ``load_state_dict(strict=False)`` verifies.
+        input_grads: make embedding outputs require grad, which reentrant activation checkpointing
+            needs; ``"auto"`` does it while a transformers model uses that.
+        backend: of the ops, ``"auto"``, ``"reference"`` or ``"triton"``; None: the ambient choice.
+
+    Returns:
+        The handle: parameters for an optimizer, `Attachment.adapter`, `Attachment.detach`.
+
+    Raises:
+        UnknownNameError: a parameter or glob that does not exist, with the nearest names.
+        MaskError: a mask of another shape or type, or no entry kept at all.
+        AttachError: a quantised, complex, lazy or meta weight; a mask there already; two names of
+            one weight.
+        BaseMismatchError: an `Adapter` made on another base.
+
+    Numerics: forward and input gradients are the stock ones. A leaf's gradient is summed in fp32
+    (fp64 for fp64 operands) at the mask. Weight decay acts on the leaf: it pulls W to its base.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(4, 3)
+        >>> sparse = attach(model, {"weight": torch.eye(3, 4) > 0})
+        >>> sparse.nnz, [name for name, _ in sparse.named_parameters()]
+        (3, ['diff_weight'])
+        >>> _ = sparse.detach()
+    """
+    index = ParameterIndex(model)
+    start = masks if isinstance(masks, Adapter) else None
+    dense = {index.resolve(n) for n in start.dense} if start is not None else set()
+    if start is not None and start.metadata.fingerprint is not None:
+        verify_fingerprint(model, start.metadata.fingerprint)
+    patterns = resolve_masks(index, masks)
+    chosen = set(index.match(full_params)) if full_params else set()
+    full = [n for n in index.names if n in chosen | dense]
+    check_roles(index, patterns, full)
+
+    attachment = Attachment(
+        model,
+        index,
+        patterns,
+        full,
+        compact_state_dict=compact_state_dict,
+        input_grads=input_grads,
+        backend=backend,
+    )
+    try:
+        if start is not None:
+            attachment._load(start)
+        if optimizer is not None:
+            masked = attachment._masked.values()
+            regroup_(optimizer, masked, [f.parameter for f in attachment._full])
+    except BaseException:
+        attachment.detach(restore=True)
+        raise
+    return attachment
+
+
+def attachments_of(model: nn.Module) -> list[Attachment]:
+    """Return the attachments made on this very module, the oldest first.
+
+    A deep copy of an attached model has its own: ``attachments_of(copy)[-1]`` drives the copy.
+    """
+    return list(model.__dict__.get(ATTACHMENTS, ()))
+
+
+class Attachment:
+    """Handle of the masks on a model. Made by `attach`.
+
+    Also a context manager that detaches with ``restore=True`` on exit.
+
+    Attributes:
+        model: the model given to `attach`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        index: ParameterIndex,
+        patterns: Mapping[str, SparsePattern],
+        full: Sequence[str],
+        *,
+        compact_state_dict: bool,
+        input_grads: InputGrads,
+        backend: str | None,
+    ) -> None:
+        self.model = model
+        self.compact_state_dict = compact_state_dict
+        self._active = True
+        self._masked: dict[str, MaskedParameter] = {}
+        self._owners = {name: index.owners(name) for name in patterns}
+        self._flags = [(p, p.requires_grad) for _, p in index.items()]
+        self._full: list[FullParameter] = []
+        self._hooks: list[tuple[nn.Module, int]] = []
+        model.__dict__.setdefault(ATTACHMENTS, []).append(self)
+        try:
+            for name, pattern in patterns.items():
+                weight = index.get(name)
+                masked = MaskedParameter(
+                    name,
+                    weight,
+                    pattern,
+                    aliases=index.aliases(name),
+                    backend=backend,
+                    compact=compact_state_dict,
+                )
+                self._masked[name] = masked
+                for i, (module, attr) in enumerate(self._owners[name]):
+                    mask_attribute(module, attr, masked, owner=i == 0)
+            for name in full:
+                self._full.append(FullParameter(name, index.get(name)))
+            # Gradients left over from dense training would let an optimizer move frozen entries.
+            trained = {id(f.parameter) for f in self._full}
+            for parameter, _ in self._flags:
+                parameter.grad = None
+                parameter.requires_grad_(id(parameter) in trained)
+            self._hooks = hook_input_embeddings(model, input_grads)
+            start_compact_state_dict(model)
+        except BaseException:
+            self.detach(restore=True)
+            raise
+
+    # What is trained.
+
+    @property
+    def names(self) -> list[str]:
+        """Canonical names of the masked parameters, in order of the model."""
+        return list(self._masked)
+
+    @property
+    def leaves(self) -> dict[str, nn.Parameter]:
+        """Masked parameter name -> its compact leaf, (nnz,) fp32."""
+        return {name: masked.leaf for name, masked in self._masked.items()}
+
+    @property
+    def patterns(self) -> dict[str, SparsePattern]:
+        """Masked parameter name -> where it is trained."""
+        return {name: masked.pattern for name, masked in self._masked.items()}
+
+    @property
+    def full_params(self) -> dict[str, nn.Parameter]:
+        """Parameters that are trained densely, by name."""
+        return {f.name: f.parameter for f in self._full}
+
+    @property
+    def nnz(self) -> int:
+        """Number of trained entries, full parameters aside."""
+        return sum(masked.pattern.nnz for masked in self._masked.values())
+
+    @property
+    def density(self) -> float:
+        """nnz over all entries of the masked tensors."""
+        return self.nnz / sum(math.prod(m.pattern.shape) for m in self._masked.values())
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield (name, parameter) of what an optimizer should get: leaves, then full parameters.
+
+        Names are those of ``model.named_parameters()``: the leaf of ``up.weight`` is
+        ``up.diff_weight``.
+        """
+        for name, masked in self._masked.items():
+            yield leaf_attribute(name), masked.leaf
+        for f in self._full:
+            yield f.name, f.parameter
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Yield what an optimizer should get: leaves, then full parameters."""
+        for _, parameter in self.named_parameters():
+            yield parameter
+
+    def l1_norm(self) -> Tensor:
+        """Return the sum of absolute diffs, a differentiable 0-d tensor (an L1 penalty)."""
+        sums = [masked.leaf.abs().sum() for masked in self._masked.values()]
+        return torch.stack([s.to(sums[0]) for s in sums]).sum()
+
+    def report(self) -> list[MaskReport]:
+        """Describe each masked parameter: size, density, and how far it has moved."""
+        rows = []
+        for name, masked in self._masked.items():
+            size = masked.leaf.detach().abs()
+            rows.append(
+                MaskReport(
+                    name,
+                    tuple(masked.pattern.shape),
+                    str(masked.weight.dtype).removeprefix("torch."),
+                    masked.pattern.nnz,
+                    masked.pattern.density,
+                    int((size != 0).sum()),
+                    float(size.sum()),
+                    float(size.max()),
+                )
+            )
+        return rows
+
+    # Values.
+
+    def sync_(self) -> None:
+        """Write ``W[indices] = rn(base + leaf)`` for every mask.
+
+        For code that changes leaves other than through a ``torch.optim`` step or
+        ``load_state_dict``, after which this has been done.
+
+        Raises:
+            StackOrderError: something was applied on top of a masked weight since.
+        """
+        self._check_active("sync_")
+        for masked in self._masked.values():
+            masked.require_top("write the trained diff into")
+        for masked in self._masked.values():
+            masked.write_()
+
+    def adapter(
+        self,
+        name: str = "adapter",
+        *,
+        base_name: str | None = None,
+        method: str = "",
+        seed: int | None = None,
+        extra: Mapping[str, Any] | None = None,
+    ) -> Adapter:
+        """Return what was learned, copied to the CPU: diffs and the full parameters' values.
+
+        Args:
+            name: of the adapter.
+            base_name: of the base model; default: ``model.config._name_or_path`` where there is
+                one.
+            method: how the masks were chosen.
+            seed: of the run.
+            extra: anything JSON can hold.
+
+        Raises:
+            DiffError: a value is NaN or infinite.
+        """
+        self._check_active("adapter")
+        if base_name is None:
+            config = getattr(self.model, "config", None)
+            base_name = getattr(config, "_name_or_path", None) or None
+        diffs = {
+            n: SparseDiff.from_pattern(m.pattern.to("cpu"), m.leaf.detach().to("cpu", copy=True))
+            for n, m in self._masked.items()
+        }
+        dense = {f.name: f.parameter.detach().to("cpu", copy=True) for f in self._full}
+        parents = dict.fromkeys(p for m in self._masked.values() for p in parents_of(m.weight))
+        metadata = AdapterMetadata(
+            base_name=base_name,
+            fingerprint=fingerprint_model(self.model, self._masked),
+            method=method,
+            density=self.density,
+            seed=seed,
+            parents=tuple(parents),
+            extra=extra or {},
+        )
+        return Adapter(diffs, name=name, dense=dense, metadata=metadata)
+
+    def load_adapter_(self, adapter: Adapter) -> None:
+        """Set leaves and full parameters from an adapter; masked tensors it lacks go to zero.
+
+        Its entries may be fewer than the masks', never others. Optimizer state is not touched.
+
+        Raises:
+            UnknownNameError: a tensor that is not masked (or, dense, not in full_params) here.
+            MaskError: an entry outside the mask.
+            BaseMismatchError: it was made on another base.
+        """
+        self._check_active("load_adapter_")
+        if adapter.metadata.fingerprint is not None:
+            verify_fingerprint(self.model, adapter.metadata.fingerprint)
+        self._load(adapter)
+
+    def _load(self, adapter: Adapter) -> None:
+        index = ParameterIndex(self.model)
+        diffs = {index.resolve(n): d for n, d in adapter.diffs.items() if d.nnz}
+        dense = {index.resolve(n): t for n, t in adapter.dense.items()}
+        full = self.full_params
+        for kind, names, known in (
+            ("masked", diffs, self._masked),
+            ("in full_params", dense, full),
+        ):
+            for name in names:
+                if name not in known:
+                    raise UnknownNameError(
+                        f"adapter {adapter.name!r} has {name!r}, which is not {kind} here."
+                        f"{did_you_mean(name, known)}"
+                    )
+        values = {n: values_at(m, diffs.get(n)) for n, m in self._masked.items()}
+        for name, tensor in dense.items():
+            if tensor.shape != full[name].shape:
+                raise MaskError(
+                    f"adapter {adapter.name!r} has {name!r} of shape {tuple(tensor.shape)}, the "
+                    f"model {tuple(full[name].shape)}."
+                )
+        with torch.no_grad():
+            for name, masked in self._masked.items():
+                masked.leaf.copy_(values[name])
+            for name, tensor in dense.items():
+                full[name].copy_(tensor)
+        self.sync_()
+
+    # Leaving.
+
+    def detach(self, restore: bool = True) -> nn.Module:
+        """Take the masks off: stock classes, no leaves, the ``requires_grad`` flags of before.
+
+        Args:
+            restore: put the base back, bit for bit, full parameters included. False keeps the
+                trained values (a stock model to export).
+
+        Returns:
+            The model.
+
+        Raises:
+            StackOrderError: something was applied, or attached to this model, since.
+        """
+        if not self._active:
+            return self.model
+        self._check_last()
+        for masked in self._masked.values():
+            masked.require_top("detach")
+        for f in self._full:
+            f.require_top("detach")
+        for name, masked in self._masked.items():
+            for module, attr in reversed(self._owners[name]):
+                if attr in masked_attributes(module):
+                    unmask_attribute(module, attr)
+            masked.release_(restore=restore)
+        for f in self._full:
+            f.release_(restore=restore)
+        for parameter, flag in self._flags:
+            parameter.grad = None
+            parameter.requires_grad_(flag)
+        unhook_input_embeddings(self._hooks)
+        self._forget()
+        return self.model
+
+    def _check_active(self, what: str) -> None:
+        if not self._active:
+            raise AttachError(f"{what}: these masks were detached; attach again.")
+
+    def _check_last(self) -> None:
+        last = self.model.__dict__[ATTACHMENTS][-1]
+        if last is not self:
+            raise StackOrderError(
+                f"cannot detach: masks on {last.names[0]!r} and {len(last.names) - 1} more were "
+                "attached to this model since. Detach those first."
+            )
+
+    def _forget(self) -> None:
+        self._active = False
+        self.model.__dict__[ATTACHMENTS].remove(self)
+        if not self.model.__dict__[ATTACHMENTS]:
+            del self.model.__dict__[ATTACHMENTS]
+            stop_compact_state_dict(self.model)
+
+    def __enter__(self) -> Attachment:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.detach(restore=True)
+
+    def __repr__(self) -> str:
+        state = "" if self._active else ", detached"
+        return (
+            f"Attachment({len(self._masked)} masks, nnz={self.nnz:,} ({self.density:.3%}), "
+            f"full_params={len(self._full)}{state})"
+        )

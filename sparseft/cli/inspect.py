@@ -1,0 +1,162 @@
+"""``sparseft inspect``: what adapter files hold, and how much several have in common."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sparseft.adapter import Adapter
+    from sparseft.summary import AdapterSummary
+
+__all__ = ["HELP", "add_parser", "run"]
+
+HELP = "what an adapter holds; with several, how much they have in common"
+
+_EPILOG = """\
+examples:
+  sparseft inspect swahili/                  tensors, sizes, where it comes from
+  sparseft inspect swahili/ nli/             and the overlap of their masks
+  sparseft inspect swahili/ --json           for programs
+
+Every byte is checked while reading: a damaged file ends with exit code 2 and the tensor's name."""
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the command to the command line."""
+    parser = subparsers.add_parser(
+        "inspect",
+        help=HELP,
+        description="Reads adapters and prints what is in them; no model is needed.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("adapter", nargs="+", metavar="FILE", help="adapter folders or files")
+    parser.add_argument(
+        "--tensors", action=argparse.BooleanOptionalAction, default=True, help="a row per tensor"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the tables."""
+    from sparseft.adapter import Adapter
+    from sparseft.composition.overlap import overlaps
+
+    adapters = [Adapter.load(path) for path in args.adapter]
+    summaries = [adapter.summary() for adapter in adapters]
+    pairs = overlaps(adapters)
+    if args.json:
+        data = {
+            "adapters": [
+                {"path": path, **_facts(summary)}
+                for path, summary in zip(args.adapter, summaries, strict=True)
+            ],
+            "overlaps": [
+                {"a": args.adapter[i], "b": args.adapter[j], "common": o.common,
+                 "union": o.union, "opposed": o.opposed, "jaccard": o.jaccard}
+                for (i, j), o in pairs.items()
+            ],
+        }  # fmt: skip
+        print(json.dumps(data, indent=2, ensure_ascii=False))
+        return 0
+    for path, summary in zip(args.adapter, summaries, strict=True):
+        _print_adapter(path, summary, tensors=args.tensors)
+    if len(adapters) > 1:
+        _print_overlaps(args.adapter, adapters, tensors=args.tensors)
+    return 0
+
+
+def _facts(summary: AdapterSummary) -> dict[str, Any]:
+    meta = summary.metadata
+    return {
+        "name": summary.name,
+        "digest": summary.digest,
+        "base": meta.base_name,
+        "fingerprinted_tensors": len(meta.fingerprint.tensors) if meta.fingerprint else 0,
+        "method": meta.method,
+        "density_asked": meta.density,
+        "seed": meta.seed,
+        "versions": dict(meta.versions),
+        "parents": list(meta.parents),
+        "extra": dict(meta.extra),
+        "nnz": summary.nnz,
+        "numel": summary.numel,
+        "density": summary.density,
+        "dense_numel": summary.dense_numel,
+        "nbytes": summary.nbytes,
+        "tensors": [
+            {**vars(row), "shape": list(row.shape)} for row in summary.tensors
+        ],
+    }  # fmt: skip
+
+
+def _print_adapter(path: str, summary: AdapterSummary, *, tensors: bool) -> None:
+    from sparseft._text import human_bytes
+    from sparseft.cli._output import print_table
+
+    meta = summary.metadata
+    print(f"{path}: adapter {summary.name!r}")
+    facts = {
+        "digest": summary.digest,
+        "base": meta.base_name or "not said",
+        "fingerprint": f"{len(meta.fingerprint.tensors)} base tensors"
+        if meta.fingerprint
+        else "none",
+        "method": meta.method or "not said",
+        "seed": "none" if meta.seed is None else str(meta.seed),
+        "versions": ", ".join(f"{n} {v}" for n, v in sorted(meta.versions.items())),
+        "parents": ", ".join(p[:12] for p in meta.parents) or "none",
+        "extra": json.dumps(dict(meta.extra), ensure_ascii=False) if meta.extra else "none",
+    }
+    for what, value in facts.items():
+        print(f"  {what:<12} {value}")
+    if tensors:
+        header = ("tensor", "kind", "shape", "nnz", "density", "mode", "dtype", "mean |v|",
+                  "max |v|", "size")  # fmt: skip
+        rows = [
+            (
+                row.name,
+                row.kind,
+                "x".join(map(str, row.shape)) or "scalar",
+                f"{row.nnz:,}",
+                f"{row.density:.2%}",
+                row.mode,
+                row.dtype,
+                f"{row.mean_abs:.3g}",
+                f"{row.max_abs:.3g}",
+                human_bytes(row.nbytes),
+            )
+            for row in summary.tensors
+        ]
+        print_table(header, rows)
+    diffs = sum(row.kind == "diff" for row in summary.tensors)
+    dense = f" and {summary.dense_numel:,} dense" if summary.dense_numel else ""
+    print(
+        f"  {summary.nnz:,} of {summary.numel:,} entries ({summary.density:.3%}) in {diffs} "
+        f"tensors{dense}, {human_bytes(summary.nbytes)}\n"
+    )
+
+
+def _print_overlaps(paths: Sequence[str], adapters: Sequence[Adapter], *, tensors: bool) -> None:
+    from sparseft.cli._output import print_table
+    from sparseft.composition.overlap import jaccard, overlaps
+
+    pairs = overlaps(adapters)
+    rows = [
+        (f"{paths[i]} | {paths[j]}", f"{o.common:,}", f"{o.union:,}", f"{o.jaccard:.4f}",
+         f"{o.opposed:,}", f"{o.opposed / o.common:.1%}" if o.common else "-")
+        for (i, j), o in pairs.items()
+    ]  # fmt: skip
+    header = ("pair", "common", "union", "Jaccard", "opposed", "of common")
+    print_table(header, rows, title="Overlap of masks; opposed: shared entries of opposite signs")
+    if not tensors or len(adapters) != 2:
+        return
+    rows = [
+        (name, f"{o.common:,}", f"{o.union:,}", f"{o.jaccard:.4f}", f"{o.opposed:,}",
+         f"{o.opposed / o.common:.1%}" if o.common else "-")
+        for name, o in jaccard(adapters[0], adapters[1]).items()
+    ]  # fmt: skip
+    print_table(("tensor", *header[1:]), rows)

@@ -1,0 +1,189 @@
+"""Compose without a model: several adapters into one."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from sparseft._integrity import bits_equal
+from sparseft.adapter import Adapter, AdapterMetadata
+from sparseft.composition.coefficients import Coeffs, as_coeffs
+from sparseft.composition.fit import Loaded
+from sparseft.composition.plan import TensorPlan, plan_tensor
+from sparseft.composition.registry import REGISTRY
+from sparseft.diff import SparseDiff
+from sparseft.errors import BaseMismatchError, CompositionError
+from sparseft.fingerprint import Fingerprint, TensorFingerprint, compare
+
+__all__ = ["AdapterLike", "compose_adapters", "load_named"]
+
+AdapterLike = Adapter | str | os.PathLike[str]
+
+
+def load_named(adapters: Sequence[AdapterLike] | Mapping[str, AdapterLike]) -> dict[str, Adapter]:
+    """Return name -> adapter; in a sequence each has its own name, numbered where two are equal.
+
+    Raises:
+        FileNotFoundError, AdapterFormatError: as in `Adapter.load`.
+    """
+    if isinstance(adapters, str | os.PathLike | Adapter):
+        raise CompositionError(
+            "one adapter was given where several can be: pass a list, or a mapping of name to "
+            "adapter."
+        )
+    if isinstance(adapters, Mapping):
+        return {
+            n: a if isinstance(a, Adapter) else Adapter.load(a, check="lazy")
+            for n, a in adapters.items()
+        }
+    named: dict[str, Adapter] = {}
+    for given in adapters:
+        adapter = given if isinstance(given, Adapter) else Adapter.load(given, check="lazy")
+        name, n = adapter.name, 2
+        while name in named:
+            name, n = f"{adapter.name}-{n}", n + 1
+        named[name] = adapter
+    return named
+
+
+def compose_adapters(
+    adapters: Sequence[AdapterLike] | Mapping[str, AdapterLike],
+    coeffs: Coeffs = None,
+    *,
+    name: str | None = None,
+    method: str = "linear",
+    **options: Any,
+) -> Adapter:
+    """Merge adapters of one base into one adapter.
+
+    Applied with coefficient 1 it gives, bit for bit, what a `Composer` makes of its parts. Entries
+    are the union of theirs, values fp32; adapters with coefficient 0 leave no trace.
+
+    Args:
+        adapters: adapters or paths; or name -> adapter or path.
+        coeffs: None (1 each), one for all, one each in order, or by name.
+        name: of the result; default: the names joined by ``+``.
+        method: a registered composition method, with its ``options``.
+
+    Returns:
+        The merged adapter. Its metadata has the parts' digests as parents, and the recipe.
+
+    Raises:
+        CompositionError: coefficients that fit no adapter, contradictions between "set" entries or
+            dense tensors, a tensor with both "set" and "add" diffs (one diff cannot hold both).
+        BaseMismatchError: adapters of different bases, or of different shapes.
+        UnknownNameError: no such method or option.
+    """
+    named = load_named(adapters)
+    given = as_coeffs(list(named), coeffs, named)
+    REGISTRY.check_options(method, options)
+    bound = functools.partial(REGISTRY.get(method).fn, **options)
+    chosen = sorted(
+        (Loaded(n, a) for n, a in named.items() if given[n]), key=lambda loaded: loaded.order
+    )
+    ordered = [given[loaded.name] for loaded in chosen]
+    fingerprint = _merge_fingerprints(chosen)
+    touched: dict[str, list[tuple[int, SparseDiff]]] = {}
+    for ordinal, loaded in enumerate(chosen):
+        for tensor_name, diff in loaded.adapter.diffs.items():
+            touched.setdefault(tensor_name, []).append((ordinal, diff))
+    diffs = {}
+    for tensor_name, found in sorted(touched.items()):
+        _check_same_shape(tensor_name, found, chosen)
+        first = found[0][1]
+        plan = plan_tensor(tensor_name, found, dtype=first.dtype, device=first.device)
+        plan.check(ordered, [loaded.name for loaded in chosen])
+        diffs[tensor_name] = _merged(plan, found, ordered, chosen, bound)
+    recipe = [
+        {"name": loaded.name, "digest": loaded.digest, "coeff": coeff}
+        for loaded, coeff in zip(chosen, ordered, strict=True)
+    ]
+    bases = {loaded.adapter.metadata.base_name for loaded in chosen}
+    metadata = AdapterMetadata(
+        base_name=bases.pop() if len(bases) == 1 else None,
+        fingerprint=fingerprint,
+        method=f"compose/{method}",
+        parents=tuple(loaded.digest for loaded in chosen),
+        extra={"composition": {"method": method, "options": options, "adapters": recipe}},
+    )
+    return Adapter(
+        diffs,
+        name=name or "+".join(loaded.name for loaded in chosen) or "base",
+        dense=_merge_dense(chosen, diffs),
+        metadata=metadata,
+    )
+
+
+def _check_same_shape(
+    name: str, found: Sequence[tuple[int, SparseDiff]], chosen: Sequence[Loaded]
+) -> None:
+    (i, first), *rest = found
+    for j, diff in rest:
+        if diff.shape != first.shape:
+            raise BaseMismatchError(
+                f"{name!r} has shape {tuple(first.shape)} in adapter {chosen[i].name!r} but "
+                f"{tuple(diff.shape)} in {chosen[j].name!r}; they belong to different bases."
+            )
+        if diff.mode != first.mode:
+            raise CompositionError(
+                f"{name!r} is a {first.mode!r} diff in adapter {chosen[i].name!r} but a "
+                f"{diff.mode!r} diff in {chosen[j].name!r}; one merged diff cannot hold both. "
+                "Apply them together with a Composer, which can."
+            )
+
+
+def _merged(
+    plan: TensorPlan,
+    found: Sequence[tuple[int, SparseDiff]],
+    coeffs: Sequence[float],
+    chosen: Sequence[Loaded],
+    method: Any,
+) -> SparseDiff:
+    first = found[0][1]
+    # Every entry of a "set" union is replaced, so what lies beneath does not matter.
+    empty = first.values.new_zeros(plan.indices.numel())
+    base, total = plan.total(empty, coeffs, [loaded.digest for loaded in chosen], method)
+    if first.mode == "set":
+        return SparseDiff(plan.indices, base, first.shape, "set")
+    if total is None:  # cannot be: coefficients 0 were left out
+        total = empty.float()
+    return SparseDiff(plan.indices, total, first.shape, "add")
+
+
+def _merge_dense(chosen: Sequence[Loaded], diffs: Mapping[str, SparseDiff]) -> dict[str, Tensor]:
+    dense: dict[str, Tensor] = {}
+    owner: dict[str, str] = {}
+    for loaded in chosen:
+        for name, tensor in loaded.adapter.dense.items():
+            if name in diffs:
+                raise CompositionError(
+                    f"adapter {loaded.name!r} holds all of {name!r} while another has a diff of "
+                    "it; one adapter cannot hold both."
+                )
+            if name in dense and not bits_equal(dense[name], tensor):
+                raise CompositionError(
+                    f"adapters {owner[name]!r} and {loaded.name!r} both hold all of {name!r}, "
+                    "with different values; give one of them coefficient 0."
+                )
+            dense[name], owner[name] = tensor, loaded.name
+    return dense
+
+
+def _merge_fingerprints(chosen: Sequence[Loaded]) -> Fingerprint | None:
+    merged: dict[str, TensorFingerprint] = {}
+    owner: dict[str, str] = {}
+    for loaded in chosen:
+        fingerprint = loaded.adapter.metadata.fingerprint
+        for name, print_ in (fingerprint.tensors if fingerprint else {}).items():
+            if name in merged and compare(merged[name], print_) == "different":
+                raise BaseMismatchError(
+                    f"adapters {owner[name]!r} and {loaded.name!r} were made on different bases: "
+                    f"{name!r} was {merged[name]} for the first, {print_} for the second."
+                )
+            merged.setdefault(name, print_)
+            owner.setdefault(name, loaded.name)
+    return Fingerprint(merged) if merged else None

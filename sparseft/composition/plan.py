@@ -1,0 +1,183 @@
+"""The union of the entries of a set of adapters, tensor by tensor: made once per set, re-weighted
+freely.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sparseft.composition.registry import Term
+from sparseft.diff import Mode, SparseDiff
+from sparseft.errors import CompositionError
+from sparseft.ops._common import bits
+
+__all__ = ["Share", "TensorPlan", "plan_tensor", "union_of"]
+
+
+@dataclass(frozen=True)
+class Share:
+    """One adapter's part in one tensor.
+
+    Args:
+        ordinal: the adapter's place in the canonical order of the set.
+        values: (nnz,) its diff values.
+        positions: (nnz,) int32 or int64 places in the union; None: the whole union.
+        mode: "add" or "set".
+    """
+
+    ordinal: int
+    values: Tensor
+    positions: Tensor | None
+    mode: Mode
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """One parameter under a set of adapters.
+
+    Args:
+        name: canonical name of the parameter.
+        indices: (size,) union of the adapters' flat positions, ascending.
+        shares: the adapters' parts, in canonical order.
+        clashes: (ordinal, ordinal, flat position) of "set" entries with different values.
+    """
+
+    name: str
+    indices: Tensor
+    shares: tuple[Share, ...]
+    clashes: tuple[tuple[int, int, int], ...]
+
+    def check(self, coeffs: Sequence[float], names: Sequence[str]) -> None:
+        """Check that the coefficients mean something for "set" entries.
+
+        Raises:
+            CompositionError: a coefficient other than 0 or 1 on one; two of them disagree.
+        """
+        for share in self.shares:
+            if share.mode == "set" and coeffs[share.ordinal] not in (0, 1):
+                raise CompositionError(
+                    f"adapter {names[share.ordinal]!r} replaces entries of {self.name!r} (mode "
+                    f"'set'), so its coefficient {coeffs[share.ordinal]} has no meaning; wanted 1, "
+                    "or 0 to leave it out."
+                )
+        for a, b, at in self.clashes:
+            if coeffs[a] and coeffs[b]:
+                raise CompositionError(
+                    f"adapters {names[a]!r} and {names[b]!r} both replace entry {at} of "
+                    f"{self.name!r} (mode 'set'), by different values; give one of them "
+                    "coefficient 0."
+                )
+
+    def total(
+        self,
+        base: Tensor,
+        coeffs: Sequence[float],
+        digests: Sequence[str],
+        method: Callable[[Sequence[Term], int], Tensor],
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return what to add up: (base entries with "set" entries put in, sum of the rest or None).
+
+        Args:
+            base: (size,) entries of the weight beneath; not changed.
+            coeffs, digests: by ordinal.
+            method: the composition method with its options bound.
+        """
+        used = [s for s in self.shares if coeffs[s.ordinal]]
+        replaced = [s for s in used if s.mode == "set"]
+        if replaced:
+            wide = base.dtype
+            for share in replaced:
+                wide = torch.promote_types(wide, share.values.dtype)
+            base = base.to(wide, copy=True)
+            for share in replaced:
+                values = share.values.detach().to(wide)
+                if share.positions is None:
+                    base.copy_(values)
+                else:
+                    base.index_copy_(0, share.positions.long(), values)
+        terms = [
+            Term(coeffs[s.ordinal], s.values, s.positions, digests[s.ordinal])
+            for s in used
+            if s.mode == "add"
+        ]
+        return base, method(terms, self.indices.numel()) if terms else None
+
+
+def union_of(indices: Sequence[Tensor]) -> tuple[Tensor, list[Tensor | None]]:
+    """Return the ascending union of ascending position lists, and where each list lies in it.
+
+    Args:
+        indices: (nnz_i,) int32 or int64 each, ascending and unique, on one device and of one dtype.
+
+    Returns:
+        (size,) union in the same dtype, and per list (nnz_i,) int32 places in it (int64 from 2**31
+        entries); None for a list that is the whole union.
+    """
+    first = indices[0]
+    if all(i is first or torch.equal(i, first) for i in indices[1:]):
+        return first, [None] * len(indices)
+    if first.device.type == "cpu":
+        # Two lists of 500 k: numpy sorts in 19 ms and finds places in 40 ms; torch.unique takes
+        # 175 ms and torch.searchsorted 87 ms.
+        merged = np.concatenate([i.numpy() for i in indices])
+        merged.sort()
+        keep = np.empty(merged.shape, dtype=bool)
+        keep[:1] = True
+        np.not_equal(merged[1:], merged[:-1], out=keep[1:])
+        flat = merged[keep]
+        narrow = np.int32 if len(flat) < 2**31 else np.int64
+        places = [
+            torch.from_numpy(np.searchsorted(flat, i.numpy()).astype(narrow)) for i in indices
+        ]
+        union = torch.from_numpy(flat)
+    else:
+        union = torch.unique(torch.cat(list(indices)), sorted=True)
+        short = union.numel() < 2**31
+        places = [torch.searchsorted(union, i, out_int32=short) for i in indices]
+    return union, [p if p.numel() < union.numel() else None for p in places]
+
+
+def plan_tensor(
+    name: str,
+    diffs: Sequence[tuple[int, SparseDiff]],
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> TensorPlan:
+    """Build the plan of one parameter.
+
+    Args:
+        name: canonical name.
+        diffs: (ordinal, diff), in canonical order, at least one, all of the parameter's shape.
+        dtype: the parameter's; "set" values that are equal in it do not clash.
+        device: the parameter's.
+    """
+    moved = [(ordinal, diff.to(device)) for ordinal, diff in diffs]
+    union, places = union_of([diff.indices for _, diff in moved])
+    shares = tuple(
+        Share(ordinal, diff.values, place, diff.mode)
+        for (ordinal, diff), place in zip(moved, places, strict=True)
+    )
+    replacing = [(o, d) for o, d in moved if d.mode == "set"]
+    clashes = [
+        (a, b, at)
+        for (a, one), (b, other) in combinations(replacing, 2)
+        if (at := _clash(one, other, dtype)) is not None
+    ]
+    return TensorPlan(name, union, shares, tuple(clashes))
+
+
+def _clash(a: SparseDiff, b: SparseDiff, dtype: torch.dtype) -> int | None:
+    """Return the first flat position that both replace by different values, or None."""
+    in_b = torch.isin(a.indices, b.indices)
+    common = a.indices[in_b]
+    ours = a.values[in_b].to(dtype)
+    theirs = b.values[torch.searchsorted(b.indices, common)].to(dtype)
+    differ = (bits(ours) != bits(theirs)).nonzero()
+    return int(common[differ[0, 0]]) if differ.numel() else None

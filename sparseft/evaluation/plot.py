@@ -1,0 +1,76 @@
+"""The plot of results: dots by language, one colour a setting, bars for the deviation."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sparseft.data.languages import builtin_languages
+from sparseft.io.atomic import atomic_write
+
+if TYPE_CHECKING:
+    from sparseft.evaluation.report import Results
+
+__all__ = ["plot_results"]
+
+# Okabe and Ito: told apart by the colour-blind, and in grey by the markers.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+
+
+def plot_results(results: Results, path: str | Path, metric: str) -> None:
+    """Write a PNG of one metric: each language's mean and deviation in each setting, then the mean.
+
+    Drawn with the Agg canvas directly, so neither the display nor pyplot's global state is touched.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    summaries = results.summary(metric)
+    languages = results.languages()
+    names = builtin_languages()
+    with_mean = len([c for c in languages if c != results.source_language]) > 1
+    places = len(languages) + with_mean
+    figure = Figure(figsize=(max(5.0, 1.6 + 0.95 * places), 4.2), layout="constrained", dpi=150)
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    width = 0.6 / max(1, len(summaries))
+    for i, s in enumerate(summaries):
+        cells = [(x, s.languages[c]) for x, c in enumerate(languages) if c in s.languages]
+        if with_mean and s.mean is not None:
+            cells.append((len(languages), s.mean))
+        shift = (i - (len(summaries) - 1) / 2) * width
+        axes.errorbar(
+            [x + shift for x, _ in cells],
+            [100 * cell.mean for _, cell in cells],
+            yerr=[100 * (cell.sd or 0.0) for _, cell in cells],
+            fmt=MARKERS[i % len(MARKERS)],
+            color=COLOURS[i % len(COLOURS)],
+            markersize=6,
+            capsize=3,
+            linewidth=1.2,
+            label=s.label,
+        )
+    ticks = [
+        names.name(c) + ("\n(source)" if c == results.source_language else "") for c in languages
+    ]
+    if with_mean:
+        ticks.append("mean")
+        axes.axvline(len(languages) - 0.5, color="0.6", linewidth=0.8, linestyle="--")
+    axes.set_xticks(range(places), ticks, rotation=30 if places > 6 else 0)
+    axes.set_xlim(-0.5, places - 0.5)
+    axes.set_ylabel(f"{metric.replace('_', '-')} x 100")
+    axes.set_title(results.title, fontsize=11)
+    axes.grid(axis="y", color="0.9")
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    figure.legend(
+        loc="outside lower center", ncols=min(4, len(summaries)), frameon=False, fontsize=9
+    )
+    buffer = io.BytesIO()
+    # matplotlib writes its version into the file otherwise; the same results give the same bytes.
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    with atomic_write(path) as file:
+        file.write(buffer.getvalue())

@@ -1,0 +1,20 @@
+"""Files: everything that is written or read from disk goes through here.
+
+`save_adapter` / `load_adapter` for adapters (format in `safetensors_v1`), `atomic_write` and its
+text and JSON forms for anything else. Converters of other projects' formats get one module each.
+"""
+
+from __future__ import annotations
+
+from sparseft.io.atomic import atomic_write, atomic_write_json, atomic_write_text
+from sparseft.io.load import load_adapter
+from sparseft.io.safetensors_v1 import adapter_file, save_adapter
+
+__all__ = [
+    "adapter_file",
+    "atomic_write",
+    "atomic_write_json",
+    "atomic_write_text",
+    "load_adapter",
+    "save_adapter",
+]

@@ -1,0 +1,391 @@
+"""Check the header of an adapter file as if an enemy had written it.
+
+Nothing is believed: sizes (before anything is allocated), JSON types, names, offsets, counts, and
+how all of them fit together. What comes out (`FileHeader`) can be relied on; the tensors' contents
+are checked in `sparseft.io.load`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+
+from sparseft.adapter import AdapterMetadata, DiffHeader
+from sparseft.diff import VALUE_DTYPES, index_dtype_for
+from sparseft.errors import AdapterFormatError
+from sparseft.fingerprint import SAMPLES, Fingerprint, TensorFingerprint
+from sparseft.io.safetensors_v1 import (
+    DTYPE_NAMES,
+    FORMAT,
+    FORMAT_VERSION,
+    MAX_HEADER,
+    METADATA_KEYS,
+    checksum,
+)
+
+__all__ = ["FileHeader", "TensorPlace", "parse_header"]
+
+DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+MAX_DIMS = 64  # torch's own limit
+
+
+@dataclass(frozen=True)
+class TensorPlace:
+    """Where one tensor lies: dtype, shape and the first byte counted from the file's start."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+
+
+@dataclass(frozen=True)
+class FileHeader:
+    """A checked header: adapter name, metadata, and the tensors with their places and digests."""
+
+    name: str
+    metadata: AdapterMetadata
+    diffs: Mapping[str, DiffHeader]
+    digests: Mapping[str, str]
+    dense_digests: Mapping[str, str]
+    places: Mapping[str, TensorPlace]
+
+
+class _Checker:
+    """Raises with the file's name in front; small typed getters for JSON."""
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+
+    def fail(self, message: str) -> NoReturn:
+        raise AdapterFormatError(f"{self.source}: {message}")
+
+    def json(self, text: str, what: str) -> Any:
+        def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+            found: dict[str, Any] = {}
+            for key, value in pairs:
+                if key in found:
+                    raise ValueError(f"key {key[:60]!r} appears twice")
+                found[key] = value
+            return found
+
+        def constant(token: str) -> NoReturn:
+            raise ValueError(f"{token} is not JSON")
+
+        try:
+            document = json.loads(text, object_pairs_hook=unique, parse_constant=constant)
+            if "\\u" in text:  # only an escape can spell half of a surrogate pair
+                json.dumps(document, ensure_ascii=False).encode("utf-8")
+            return document
+        except RecursionError:
+            self.fail(f"{what} is nested too deeply; the file is damaged or hostile.")
+        except ValueError as bad:
+            self.fail(f"{what} is not valid JSON ({bad}); the file is damaged or hostile.")
+
+    def object(self, value: Any, what: str) -> dict[str, Any]:
+        if not isinstance(value, dict):
+            self.fail(f"{what} is {_kind(value)}, wanted an object.")
+        return value
+
+    def fields(self, value: Any, wanted: tuple[str, ...], what: str) -> dict[str, Any]:
+        """An object with exactly these keys."""
+        found = self.object(value, what)
+        missing = [k for k in wanted if k not in found]
+        if missing:
+            self.fail(f"{what} lacks {missing[0]!r}; wanted {', '.join(wanted)}.")
+        extra = sorted(set(found) - set(wanted))
+        if extra:
+            self.fail(f"{what} has an unknown field {extra[0]!r}; wanted {', '.join(wanted)}.")
+        return found
+
+    def string(self, value: Any, what: str) -> str:
+        if not isinstance(value, str):
+            self.fail(f"{what} is {_kind(value)}, wanted a string.")
+        return value
+
+    def integer(self, value: Any, what: str, low: int = 0, high: int = 2**63 - 1) -> int:
+        if not isinstance(value, int) or isinstance(value, bool):
+            self.fail(f"{what} is {_kind(value)}, wanted an integer.")
+        if not low <= value <= high:
+            self.fail(f"{what} is {_short(value)}, wanted {low} to {high}.")
+        return value
+
+    def number(self, value: Any, what: str) -> float:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            self.fail(f"{what} is {_kind(value)}, wanted a number.")
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.inf
+        if not math.isfinite(number):
+            self.fail(f"{what} is out of range, wanted a finite number.")
+        return number
+
+    def shape(self, value: Any, what: str) -> tuple[int, ...]:
+        if not isinstance(value, list):
+            self.fail(f"shape of {what} is {_kind(value)}, wanted a list of integers.")
+        if len(value) > MAX_DIMS:
+            self.fail(f"shape of {what} has {len(value)} dimensions, wanted at most {MAX_DIMS}.")
+        shape = tuple(self.integer(v, f"shape of {what}") for v in value)
+        if math.prod(shape) > 2**63 - 1:
+            self.fail(f"shape {list(shape)} of {what} overflows: more than 2**63 - 1 entries.")
+        return shape
+
+    def digest(self, value: Any, what: str) -> str:
+        text = self.string(value, f"digest of {what}")
+        if len(text) != 32 or set(text) - set("0123456789abcdef"):
+            self.fail(f"digest of {what} is {_short(text)!r}, wanted 32 lower-case hex digits.")
+        return text
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", type(None): "null"}
+    kind = names.get(type(value))
+    return kind if kind is not None else f"{type(value).__name__} {_short(value)}"
+
+
+def _short(value: Any) -> str:
+    text = str(value) if not isinstance(value, int) or abs(value) < 10**30 else "a huge integer"
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def parse_header(head: bytes | memoryview, file_size: int, *, source: str) -> FileHeader:
+    """Check the first bytes of an adapter file and say what the file holds.
+
+    Args:
+        head: at least the length and the header, i.e. the first ``8 + length`` bytes.
+        file_size: bytes in the whole file.
+        source: what to call the file in errors.
+
+    Raises:
+        AdapterFormatError: anything is not as `sparseft.io.safetensors_v1` says.
+    """
+    check = _Checker(source)
+    if file_size == 0:
+        check.fail("the file is empty; the write that made it failed, or the copy did.")
+    if file_size < 8:
+        check.fail(f"the file has {file_size} bytes and ends inside the 8-byte header length.")
+    (length,) = struct.unpack("<Q", head[:8])
+    if length > min(file_size - 8, MAX_HEADER):
+        check.fail(_why_no_header(bytes(head[:8]), length, file_size))
+    try:
+        text = bytes(head[8 : 8 + length]).decode("utf-8")
+    except UnicodeDecodeError as bad:
+        check.fail(f"the header is not UTF-8 ({bad.reason} at byte {bad.start}).")
+    header = check.object(check.json(text, "the header"), "the header")
+    metadata = _metadata(check, header.pop("__metadata__", None), list(header))
+    places = _places(check, header, data_start=8 + length, file_size=file_size)
+    diffs, digests, dense = _contents(check, metadata["tensors"], places)
+    name, provenance = _provenance(check, metadata["adapter"], metadata["fingerprint"])
+    table = {n: (DTYPE_NAMES[place.dtype], place.shape) for n, place in places.items()}
+    wanted = check.digest(metadata["checksum"], "metadata (checksum)")
+    if checksum(metadata, table) != wanted:
+        check.fail("the metadata does not match its checksum: the file was damaged or edited.")
+    return FileHeader(name, provenance, diffs, digests, dense, places)
+
+
+def _why_no_header(start: bytes, length: int, file_size: int) -> str:
+    if start.startswith(b"PK\x03\x04") or (start[0] == 0x80 and start[1] in range(2, 6)):
+        return (
+            "this is a pickle (torch.save), not safetensors; pickles can run code and are never "
+            "opened here. Ask for a safetensors file."
+        )
+    if length > MAX_HEADER:
+        return (
+            f"header length {length} is above the limit of {MAX_HEADER}: not a safetensors file, "
+            "or a hostile one."
+        )
+    return (
+        f"header length {length} is more than the file's {file_size} bytes: the file is cut off. "
+        "Copy or download it again."
+    )
+
+
+def _metadata(check: _Checker, found: Any, tensor_names: list[str]) -> dict[str, str]:
+    if found is None:
+        some = ", ".join(map(repr, tensor_names[:3]))
+        check.fail(
+            f"no metadata: a safetensors file, but not an adapter (tensors {some} ...). "
+            "Adapter.save writes adapters."
+        )
+    metadata = check.object(found, "__metadata__")
+    for key, value in metadata.items():
+        check.string(key, "a metadata key")
+        check.string(value, f"metadata {key!r}")
+    if metadata.get("format") != FORMAT:
+        got = metadata.get("format")
+        check.fail(
+            f"metadata 'format' is {got!r}, wanted {FORMAT!r}: a safetensors file, but not an "
+            "adapter."
+        )
+    version = metadata.get("format_version")
+    if version != FORMAT_VERSION:
+        check.fail(
+            f"format_version is {version!r}, this release reads {FORMAT_VERSION!r}. A newer file "
+            "needs a newer sparseft."
+        )
+    return check.fields(metadata, METADATA_KEYS, "__metadata__")
+
+
+def _places(
+    check: _Checker, table: dict[str, Any], *, data_start: int, file_size: int
+) -> dict[str, TensorPlace]:
+    """Check every tensor's entry, and that together they cover the data once, without gaps."""
+    places: dict[str, TensorPlace] = {}
+    spans: list[tuple[int, int, str]] = []
+    data_size = file_size - data_start
+    for name, value in table.items():
+        what = f"tensor {check.string(name, 'a tensor name')!r}"
+        entry = check.fields(value, ("dtype", "shape", "data_offsets"), what)
+        dtype_name = check.string(entry["dtype"], f"dtype of {what}")
+        if dtype_name not in DTYPES:
+            check.fail(f"dtype of {what} is {dtype_name!r}, wanted one of {', '.join(DTYPES)}.")
+        dtype = DTYPES[dtype_name]
+        shape = check.shape(entry["shape"], what)
+        offsets = entry["data_offsets"]
+        if not isinstance(offsets, list) or len(offsets) != 2:
+            check.fail(f"data_offsets of {what} is not a pair [begin, end].")
+        begin, end = (check.integer(o, f"data_offsets of {what}") for o in offsets)
+        if end > data_size:
+            check.fail(
+                f"{what} ends at byte {end} of the data, but the file holds {data_size}: it is cut "
+                "off. Copy or download it again."
+            )
+        size = math.prod(shape) * dtype.itemsize
+        if end - begin != size:
+            check.fail(
+                f"{what} spans {end - begin} bytes, but {dtype_name} {list(shape)} needs {size}."
+            )
+        start = data_start + begin
+        if start % dtype.itemsize and size:
+            check.fail(
+                f"{what} starts at byte {start} of the file, not a multiple of its item size "
+                f"{dtype.itemsize}."
+            )
+        places[name] = TensorPlace(dtype, shape, start)
+        spans.append((begin, end, name))
+    position = 0
+    for begin, end, name in sorted(spans):
+        if begin != position:
+            how = "overlaps the one before it" if begin < position else "leaves a gap before it"
+            check.fail(f"tensor {name!r} {how} (begins at {begin}, wanted {position}).")
+        position = end
+    if position != data_size:
+        check.fail(f"{data_size - position} bytes follow the last tensor; the file is not ours.")
+    return places
+
+
+def _contents(
+    check: _Checker, text: str, places: Mapping[str, TensorPlace]
+) -> tuple[dict[str, DiffHeader], dict[str, str], dict[str, str]]:
+    """Match what the metadata promises with the tensors that are there."""
+    document = check.json(text, "metadata 'tensors'")
+    listed = check.fields(document, ("dense", "diffs"), "metadata 'tensors'")
+    unclaimed = dict(places)
+
+    def claim(tensor_name: str, owner: str) -> TensorPlace:
+        if tensor_name not in unclaimed:
+            check.fail(f"{owner} is listed, but its tensor {tensor_name!r} is missing.")
+        return unclaimed.pop(tensor_name)
+
+    diffs: dict[str, DiffHeader] = {}
+    digests: dict[str, str] = {}
+    for name, value in sorted(check.object(listed["diffs"], "list of diffs").items()):
+        what = f"diff of {name!r}"
+        if not check.string(name, "a parameter name"):
+            check.fail("a parameter's name is empty.")
+        entry = check.fields(value, ("digest", "mode", "nnz", "shape"), what)
+        shape = check.shape(entry["shape"], what)
+        nnz = check.integer(entry["nnz"], f"nnz of {what}")
+        mode = entry["mode"]
+        if mode != "add" and mode != "set":
+            check.fail(f"mode of {what} is {_short(mode)!r}, wanted 'add' or 'set'.")
+        if nnz > math.prod(shape):
+            check.fail(
+                f"{what} says {nnz} entries, but shape {list(shape)} has only {math.prod(shape)}."
+            )
+        indices = claim(f"diffs/{name}/indices", what)
+        values = claim(f"diffs/{name}/values", what)
+        for part, place in (("indices", indices), ("values", values)):
+            if place.shape != (nnz,):
+                check.fail(f"{part} of {what} has shape {list(place.shape)}, wanted [{nnz}] (nnz).")
+        wanted = index_dtype_for(math.prod(shape))
+        if indices.dtype != wanted:
+            check.fail(
+                f"indices of {what} are {DTYPE_NAMES[indices.dtype]}, wanted {DTYPE_NAMES[wanted]} "
+                f"for {math.prod(shape)} entries."
+            )
+        if values.dtype not in VALUE_DTYPES:
+            check.fail(f"values of {what} are {DTYPE_NAMES[values.dtype]}, wanted floating point.")
+        diffs[name] = DiffHeader(torch.Size(shape), nnz, mode, values.dtype)
+        digests[name] = check.digest(entry["digest"], what)
+
+    dense: dict[str, str] = {}
+    for name, value in sorted(check.object(listed["dense"], "list of dense tensors").items()):
+        what = f"dense tensor {name!r}"
+        if not check.string(name, "a parameter name"):
+            check.fail("a parameter's name is empty.")
+        if name in diffs:
+            check.fail(f"{name!r} is both a diff and a dense tensor.")
+        dense[name] = check.digest(check.fields(value, ("digest",), what)["digest"], what)
+        place = claim(f"dense/{name}", what)
+        if place.dtype not in VALUE_DTYPES:
+            check.fail(f"{what} is {DTYPE_NAMES[place.dtype]}, wanted floating point.")
+    if unclaimed:
+        check.fail(f"tensor {min(unclaimed)!r} is in the file but not listed in its metadata.")
+    return diffs, digests, dense
+
+
+def _provenance(check: _Checker, text: str, fingerprint: str) -> tuple[str, AdapterMetadata]:
+    what = "metadata 'adapter'"
+    keys = ("base_name", "density", "extra", "method", "name", "parents", "seed", "versions")
+    found = check.fields(check.json(text, what), keys, what)
+    base_name, density, seed = found["base_name"], found["density"], found["seed"]
+    versions = check.object(found["versions"], "versions")
+    for library, version in versions.items():
+        check.string(library, "a library's name")
+        check.string(version, f"version of {library!r}")
+    if not isinstance(found["parents"], list):
+        check.fail(f"parents is {_kind(found['parents'])}, wanted a list of strings.")
+    metadata = AdapterMetadata(
+        format_version=int(FORMAT_VERSION),
+        base_name=None if base_name is None else check.string(base_name, "base_name"),
+        fingerprint=_fingerprint(check, fingerprint),
+        method=check.string(found["method"], "method"),
+        density=None if density is None else check.number(density, "density"),
+        seed=None if seed is None else check.integer(seed, "seed", low=-(2**63), high=2**64 - 1),
+        versions=versions,
+        parents=tuple(check.string(p, "an entry of parents") for p in found["parents"]),
+        extra=check.object(found["extra"], "extra"),
+    )
+    return check.string(found["name"], "name"), metadata
+
+
+def _fingerprint(check: _Checker, text: str) -> Fingerprint | None:
+    document = check.json(text, "metadata 'fingerprint'")
+    if document is None:
+        return None
+    tensors: dict[str, TensorFingerprint] = {}
+    for name, value in check.object(document, "metadata 'fingerprint'").items():
+        what = f"fingerprint of {check.string(name, 'a parameter name')!r}"
+        entry = check.fields(value, ("digest", "dtype", "samples", "shape"), what)
+        shape = check.shape(entry["shape"], what)
+        samples = entry["samples"]
+        wanted = SAMPLES if math.prod(shape) else 0
+        if not isinstance(samples, list) or len(samples) != wanted:
+            check.fail(f"samples of {what} are not a list of {wanted} numbers.")
+        tensors[name] = TensorFingerprint(
+            shape=shape,
+            dtype=check.string(entry["dtype"], f"dtype of {what}"),
+            digest=check.digest(entry["digest"], what),
+            samples=tuple(
+                float(s) if s in ("nan", "inf", "-inf") else check.number(s, f"a sample of {what}")
+                for s in samples
+            ),
+        )
+    return Fingerprint(tensors)

@@ -1,0 +1,180 @@
+"""Open adapter files: memory-mapped, one tensor at a time, checked before anyone sees it.
+
+The file is opened once and everything is read through that one mapping, so replacing the file (as
+`Adapter.save` does, by renaming) changes nothing for an adapter already loaded. The mapping is
+private: writing into a loaded tensor never reaches the file. As with every memory map, another
+program that truncates or rewrites the file in place, without renaming, pulls it from under us.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from sparseft._integrity import find_index_fault, find_value_fault
+from sparseft._text import did_you_mean
+from sparseft.adapter import Adapter, DiffHeader, DiffSource, dense_digest
+from sparseft.diff import SparseDiff
+from sparseft.errors import AdapterFormatError
+from sparseft.io.header import FileHeader, parse_header
+from sparseft.io.safetensors_v1 import DEFAULT_FILE, adapter_file
+
+__all__ = ["load_adapter"]
+
+
+class MappedFile:
+    """The bytes of one adapter file and its checked header."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            # Copy-on-write: torch wants writable memory, and writes must not reach the file.
+            self.bytes = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY) if size else None
+        view = memoryview(self.bytes if self.bytes is not None else b"")
+        self.header: FileHeader = parse_header(view, size, source=str(path))
+
+    def tensor(self, name: str) -> Tensor:
+        """View one tensor in the mapping; its contents are not checked yet."""
+        place = self.header.places[name]
+        count = torch.Size(place.shape).numel()
+        if self.bytes is None or count == 0:
+            return torch.empty(place.shape, dtype=place.dtype)
+        flat = torch.frombuffer(self.bytes, dtype=place.dtype, count=count, offset=place.start)
+        return flat.view(place.shape)
+
+    def fail(self, message: str) -> AdapterFormatError:
+        return AdapterFormatError(f"{self.path}: {message} The file is damaged or hostile.")
+
+    def diff(self, name: str) -> SparseDiff:
+        """Read and check one diff.
+
+        Raises:
+            AdapterFormatError: unsorted, repeated, out of range, not finite, or not the digest's.
+        """
+        header = self.header.diffs[name]
+        indices = self.tensor(f"diffs/{name}/indices")
+        values = self.tensor(f"diffs/{name}/values")
+        fault = find_index_fault(indices, header.numel)
+        if fault is not None:
+            raise self.fail(f"diff of {name!r}: indices must ascend within the tensor; {fault}.")
+        fault = find_value_fault(values)
+        if fault is not None:
+            raise self.fail(f"diff of {name!r}: values must be finite; {fault}.")
+        diff = SparseDiff._trusted(indices, values, header.shape, header.mode)
+        got, wanted = diff.digest(), self.header.digests[name]
+        if got != wanted:
+            raise self.fail(f"diff of {name!r}: digest is {got}, the metadata says {wanted}.")
+        return diff
+
+    def dense(self, name: str) -> Tensor:
+        """Read and check one dense tensor.
+
+        Raises:
+            AdapterFormatError: not finite, or not the digest's.
+        """
+        tensor = self.tensor(f"dense/{name}")
+        fault = find_value_fault(tensor)
+        if fault is not None:
+            raise self.fail(f"dense tensor {name!r}: values must be finite; {fault}.")
+        got, wanted = dense_digest(tensor), self.header.dense_digests[name]
+        if got != wanted:
+            raise self.fail(f"dense tensor {name!r}: digest is {got}, the metadata says {wanted}.")
+        return tensor
+
+
+class MappedDiffs(DiffSource):
+    """Diffs of a file, each read and checked once, when it is first asked for."""
+
+    def __init__(self, file: MappedFile, device: torch.device) -> None:
+        self._file = file
+        self._device = device
+        self._read: dict[str, SparseDiff] = {}
+
+    def __getitem__(self, name: str) -> SparseDiff:
+        if name not in self._read:
+            if name not in self._file.header.diffs:
+                raise KeyError(name)
+            self._read[name] = self._file.diff(name).to(self._device)
+        return self._read[name]
+
+    def __contains__(self, name: object) -> bool:  # Mapping's own would read the diff to answer
+        return name in self._file.header.diffs
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file.header.diffs)
+
+    def __len__(self) -> int:
+        return len(self._file.header.diffs)
+
+    def header(self, name: str) -> DiffHeader:
+        return self._file.header.diffs[name]
+
+
+class MappedDense(Mapping[str, Tensor]):
+    """Dense tensors of a file, each read and checked once, when it is first asked for."""
+
+    def __init__(self, file: MappedFile, device: torch.device) -> None:
+        self._file = file
+        self._device = device
+        self._read: dict[str, Tensor] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._read:
+            if name not in self._file.header.dense_digests:
+                raise KeyError(name)
+            self._read[name] = self._file.dense(name).to(self._device)
+        return self._read[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._file.header.dense_digests
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file.header.dense_digests)
+
+    def __len__(self) -> int:
+        return len(self._file.header.dense_digests)
+
+
+def _existing_file(path: str | os.PathLike[str]) -> Path:
+    given = Path(path)
+    if given.is_file():
+        return given
+    if given.is_dir():
+        if (given / DEFAULT_FILE).is_file():
+            return given / DEFAULT_FILE
+        found = sorted(p.name for p in given.iterdir() if p.suffix == ".safetensors")
+        hint = f" It has {', '.join(found[:5])}: name the file itself." if found else ""
+        raise FileNotFoundError(f"folder {given} holds no {DEFAULT_FILE}.{hint}")
+    parent = given.parent
+    beside = [p.name for p in parent.iterdir()] if parent.is_dir() else []
+    hint = did_you_mean(given.name, beside) if parent.is_dir() else f" Nor does {parent}."
+    raise FileNotFoundError(
+        f"no adapter at {given}: the path does not exist.{hint} "
+        f"Wanted a .safetensors file or a folder with {adapter_file('').name}."
+    )
+
+
+def load_adapter(
+    path: str | os.PathLike[str],
+    *,
+    device: torch.device | str = "cpu",
+    check: Literal["full", "lazy"] = "full",
+) -> Adapter:
+    """Read an adapter; documented behaviour and errors are those of `Adapter.load`."""
+    if check not in ("full", "lazy"):
+        raise ValueError(f"check is {check!r}, wanted 'full' or 'lazy'.")
+    file = MappedFile(_existing_file(path))
+    diffs, dense = MappedDiffs(file, torch.device(device)), MappedDense(file, torch.device(device))
+    if check == "full":
+        for name in diffs:
+            diffs[name]
+        for name in dense:
+            dense[name]
+    return Adapter(diffs, name=file.header.name, dense=dense, metadata=file.header.metadata)

@@ -1,0 +1,120 @@
+"""What cannot have a mask, each refused by name with the reason and the way out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from sparseft.errors import AttachError
+from sparseft.modules.class_swap import masked_attributes
+from sparseft.modules.leaves import leaf_attribute
+from sparseft.modules.names import ParameterIndex
+
+__all__ = ["check_maskable", "check_overlaps"]
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_maskable(name: str, parameter: nn.Parameter, owners: list[tuple[nn.Module, str]]) -> None:
+    """Raise AttachError if a mask on this parameter would not train it exactly.
+
+    Args:
+        name: canonical name.
+        parameter: the weight.
+        owners: every (module, attribute) that holds it.
+    """
+    for module, attr in owners:
+        if attr in masked_attributes(module):
+            raise AttachError(
+                f"{name!r} has a mask attached already. detach() that one first; one mask can hold "
+                "the union of both."
+            )
+    _check_tensor(name, parameter)
+    for module, attr in owners:
+        _check_owner(name, module, attr)
+
+
+def _check_tensor(name: str, parameter: nn.Parameter) -> None:
+    if is_lazy(parameter):
+        raise AttachError(
+            f"{name!r} is not initialised yet (a lazy module). Run one batch through the model "
+            "first."
+        )
+    if parameter.is_meta:
+        raise AttachError(
+            f"{name!r} is on the meta device, so it has no values to train. Load the weights first."
+        )
+    if parameter.dtype.is_complex:
+        raise AttachError(
+            f"{name!r} is {parameter.dtype}; masks are on real floating weights. Keep it as two "
+            "real parameters, or train it through full_params."
+        )
+    if type(parameter) is not nn.Parameter or parameter.dtype not in _DTYPES:
+        kind = f"{type(parameter).__name__} of {parameter.dtype}"
+        raise AttachError(
+            f"{name!r} is a {kind}, wanted a plain nn.Parameter of float32, bfloat16, float16 or "
+            "float64. Quantised and sharded weights cannot hold base + diff in place: load the "
+            "model without quantisation."
+        )
+    if any(n > 1 and s == 0 for n, s in zip(parameter.shape, parameter.stride(), strict=True)):
+        raise AttachError(
+            f"{name!r} of shape {tuple(parameter.shape)} is expanded (strides "
+            f"{parameter.stride()}): its entries share memory. Make it contiguous first."
+        )
+
+
+def _check_owner(name: str, module: nn.Module, attr: str) -> None:
+    kind = type(module).__qualname__
+    if isinstance(module, torch.jit.ScriptModule):
+        raise AttachError(
+            f"{name!r} belongs to a scripted {kind}, which reads its weights where no Python "
+            "sees it. Attach to the Python module, before torch.jit."
+        )
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:
+        raise AttachError(
+            f"{name!r} belongs to a {kind} with max_norm={module.max_norm}, which rescales whole "
+            "rows in forward, frozen entries included. Set max_norm=None."
+        )
+    if hasattr(module, leaf_attribute(attr)):
+        raise AttachError(
+            f"the {kind} of {name!r} has an attribute {leaf_attribute(attr)!r} of its own, "
+            "where its leaf would go. Rename that attribute."
+        )
+
+
+def _extent(t: Tensor) -> tuple[int, int, int]:
+    """Return (storage address, first byte, one past the last byte)."""
+    reach = 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
+    first = int(t.storage_offset()) * t.element_size()
+    return t.untyped_storage().data_ptr(), first, first + int(reach) * t.element_size()
+
+
+def check_overlaps(index: ParameterIndex, names: Iterable[str]) -> None:
+    """Raise AttachError if a masked weight shares memory with another parameter object.
+
+    Tied weights are one Parameter under several names and are fine.
+    """
+    plain = {
+        n: p
+        for n, p in index.items()
+        if type(p) is nn.Parameter and not is_lazy(p) and not p.is_meta and p.numel()
+    }
+    extents = {n: _extent(p) for n, p in plain.items()}
+    neighbours: dict[int, list[str]] = {}
+    for name, (storage, _, _) in extents.items():
+        neighbours.setdefault(storage, []).append(name)
+    for name in names:
+        if name not in extents:
+            continue
+        storage, first, last = extents[name]
+        for other in neighbours[storage]:
+            if other != name and extents[other][1] < last and first < extents[other][2]:
+                a, b = plain[name], plain[other]
+                raise AttachError(
+                    f"{name!r} ({a.dtype}) and {other!r} ({b.dtype}) share memory but are two "
+                    "parameters, so a diff of one would change the other. Tie them by assigning "
+                    "one Parameter to both modules, or give each its own memory."
+                )

@@ -1,0 +1,116 @@
+"""Who has changed a parameter in place, in order: a last-in-first-out stack per parameter.
+
+`attach` and `Composer.apply` push a `Holder` with the entries they overwrite, and pop it when they
+put them back. Out of order is refused by name: restoring under somebody else's change would bring
+back bits that never were a model (P3).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from sparseft.errors import StackOrderError
+from sparseft.ops import write_entries_
+
+__all__ = ["Holder", "bottom_value", "holders", "parents_of", "pop", "push", "require_top"]
+
+
+@dataclass(eq=False)
+class Holder:
+    """One change of one parameter: what it overwrote, and who to name in an error.
+
+    It must not reference the parameter, which could never be freed then.
+
+    Args:
+        label: who, e.g. ``"attach"`` or ``"Composer(sw + nli)"``.
+        indices: (nnz,) flat positions overwritten; None when the whole tensor was.
+        saved: (nnz,), or the tensor's shape, the overwritten values in the parameter's dtype.
+        parents: content digests of the adapters it put in, in canonical order; `attach` has none.
+    """
+
+    label: str
+    indices: Tensor | None
+    saved: Tensor
+    parents: tuple[str, ...] = ()
+
+
+# Keys are weak and compared by identity: a model that is dropped while changed leaves nothing here.
+_stacks: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def holders(parameter: Tensor) -> tuple[Holder, ...]:
+    """Return the holders on a parameter, the first pushed first."""
+    return tuple(_stacks.get(parameter, ()))
+
+
+def push(parameter: Tensor, holder: Holder) -> None:
+    """Put ``holder`` on top of the stack of ``parameter``, before the parameter is changed."""
+    _stacks.setdefault(parameter, []).append(holder)
+
+
+def require_top(parameter: Tensor, holder: Holder, *, name: str, action: str) -> None:
+    """Check that ``holder`` changed ``parameter`` last.
+
+    Args:
+        parameter: the parameter.
+        holder: who wants to write.
+        name: the parameter's name, for the message.
+        action: what is about to happen, e.g. ``"detach"`` or ``"revert"``.
+
+    Raises:
+        StackOrderError: somebody else changed it since, or the holder is not on the stack.
+    """
+    stack = _stacks.get(parameter, ())
+    if stack and stack[-1] is holder:
+        return
+    if not any(h is holder for h in stack):
+        raise StackOrderError(
+            f"cannot {action} {name!r}: {holder.label} no longer holds it (it was put back "
+            "already, or the parameter was replaced by another object)."
+        )
+    above = [h.label for h in stack[[h is holder for h in stack].index(True) + 1 :]]
+    raise StackOrderError(
+        f"cannot {action} {name!r}: {' and then '.join(above)} changed it after {holder.label}. "
+        f"Undo {above[-1]} first: the last one on is the first one off."
+    )
+
+
+def pop(parameter: Tensor, holder: Holder, *, name: str = "parameter") -> None:
+    """Take ``holder`` off the stack, once the parameter has its saved values back.
+
+    Raises:
+        StackOrderError: it is not on top.
+    """
+    require_top(parameter, holder, name=name, action="release")
+    stack = _stacks[parameter]
+    stack.pop()
+    if not stack:
+        del _stacks[parameter]
+
+
+def bottom_value(parameter: Tensor) -> Tensor:
+    """Return the tensor as it was before every holder: the bottom base.
+
+    The parameter itself (detached) when nobody holds it, else a copy.
+    """
+    stack = holders(parameter)
+    value = parameter.detach()
+    if not stack:
+        return value
+    value = value.clone(memory_format=torch.contiguous_format)
+    for holder in reversed(stack):
+        saved = holder.saved.detach().to(device=value.device, dtype=value.dtype)
+        if holder.indices is None:
+            value.copy_(saved)
+        else:
+            write_entries_(value, holder.indices.to(value.device), saved)
+    return value
+
+
+def parents_of(parameter: Tensor) -> tuple[str, ...]:
+    """Return the digests of the adapters that lie on a parameter, the lowest first."""
+    return tuple(digest for holder in holders(parameter) for digest in holder.parents)

@@ -1,0 +1,116 @@
+"""Write every trained diff into its weight after each optimizer step, whatever the optimizer.
+
+Two global hooks of ``torch.optim``, there while any mask is attached. (A pre-forward hook that
+watches ``leaf._version`` trains nothing, silently, with ``AdamW(fused=True)`` and under
+``torch.compile``.)
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+from torch.optim import Optimizer
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+
+from sparseft.errors import AttachError
+from sparseft.modules.leaves import (
+    MaskedParameter,
+    masked_by_leaf,
+    masked_by_weight,
+    registered,
+)
+
+__all__ = ["install_hooks", "remove_idle_hooks"]
+
+logger = logging.getLogger(__name__)
+
+_handles: list[Any] = []
+
+
+def _in_groups(optimizer: Optimizer) -> tuple[list[MaskedParameter], list[MaskedParameter]]:
+    """Return the masked parameters whose leaf, and those whose weight, the optimizer holds."""
+    leaves, weights = [], []
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if (masked := masked_by_leaf(parameter)) is not None:
+                leaves.append(masked)
+            elif (masked := masked_by_weight(parameter)) is not None:
+                weights.append(masked)
+    return leaves, weights
+
+
+def _before_step(
+    optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Stop an optimizer that was built before attach: it would train nothing.
+
+    A closure is wrapped: L-BFGS moves the leaves and evaluates again inside one step, which has to
+    see the weights of those leaves.
+    """
+    leaves, weights = _in_groups(optimizer)
+    if weights and not leaves:
+        raise AttachError(
+            f"this {type(optimizer).__name__} was built before attach: it holds {weights[0].name!r}"
+            f"{f' and {len(weights) - 1} more masked weights' if len(weights) > 1 else ''} but "
+            "none of their leaves, so it would train nothing. Build it from "
+            "attachment.parameters(), or call attach(model, masks, optimizer=optimizer)."
+        )
+    for masked in leaves:
+        masked.require_top("take an optimizer step on")
+    # torch hands the hook the optimizer itself as the first of the arguments.
+    closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+    if not leaves or not callable(closure):
+        return None
+
+    def evaluate() -> Any:
+        for masked in leaves:
+            masked.write_()
+        return closure()
+
+    if "closure" in kwargs:
+        return args, {**kwargs, "closure": evaluate}
+    return (args[0], evaluate, *args[2:]), kwargs
+
+
+def _report_untouched(leaves: Iterable[MaskedParameter]) -> None:
+    """Name, once, the masked tensors that the first backward gave no gradient."""
+    first = [masked for masked in leaves if not masked.reported]
+    for masked in first:
+        masked.reported = True
+    silent = [masked.name for masked in first if masked.leaf.grad is None]
+    if silent:
+        logger.warning(
+            "no gradient reached %d of %d masked tensors before the first optimizer step: %s. Is "
+            "the layer used in this loss, and not read around its module or under no_grad? With "
+            "reentrant checkpointing, inputs of a block must require grad: pass "
+            "input_grads=True to attach, or use_reentrant=False.",
+            len(silent), len(first), ", ".join(silent),
+        )  # fmt: skip
+
+
+def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    leaves, _ = _in_groups(optimizer)
+    _report_untouched(leaves)
+    if getattr(optimizer, "writes_masked_weights", False):
+        return  # SparseAdamW and SparseSGD wrote each weight in the pass that updated its leaf
+    for masked in leaves:
+        masked.write_()
+
+
+def install_hooks() -> None:
+    """Install the two hooks unless they are there."""
+    if not _handles:
+        _handles.append(register_optimizer_step_pre_hook(_before_step))
+        _handles.append(register_optimizer_step_post_hook(_after_step))
+
+
+def remove_idle_hooks() -> None:
+    """Remove the hooks if no masked parameter is left."""
+    if _handles and next(registered(), None) is None:
+        while _handles:
+            _handles.pop().remove()

@@ -1,0 +1,42 @@
+"""The ops: one file each, opening with its plain-torch definition, then registration, then the
+public function.
+
+Importing this package registers the ops under ``torch.ops.sparseft``; it touches no device and
+imports no Triton.
+"""
+
+from sparseft.ops._backend import backend, current_backend, resolve_backend
+from sparseft.ops.apply_diff import (
+    apply_diff_,
+    gather_entries,
+    sum_entries,
+    undo_,
+    write_entries,
+    write_entries_,
+    write_sum,
+    write_sum_,
+)
+from sparseft.ops.sampled_grad import sampled_embedding_grad, sampled_weight_grad
+from sparseft.ops.sparse_step import adamw_step_, sgd_step_
+from sparseft.ops.topk import StreamingTopK, topk_patterns, topk_single
+
+__all__ = [
+    "StreamingTopK",
+    "adamw_step_",
+    "apply_diff_",
+    "backend",
+    "current_backend",
+    "gather_entries",
+    "resolve_backend",
+    "sampled_embedding_grad",
+    "sampled_weight_grad",
+    "sgd_step_",
+    "sum_entries",
+    "topk_patterns",
+    "topk_single",
+    "undo_",
+    "write_entries",
+    "write_entries_",
+    "write_sum",
+    "write_sum_",
+]

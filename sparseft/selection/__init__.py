@@ -1,0 +1,30 @@
+"""Which entries to train: `select` and the registry of methods.
+
+Belongs here: methods (one file each, registered with `register_selector`), counts and scopes, the
+masks they give. Does not belong here: the exact top-k (sparseft/ops/topk.py), putting masks on a
+model (sparseft/attach.py).
+"""
+
+from sparseft.selection.file import select_file
+from sparseft.selection.function import select_function
+from sparseft.selection.magnitude import select_magnitude
+from sparseft.selection.masks import Masks
+from sparseft.selection.random import select_random
+from sparseft.selection.registry import Candidates, Piece, register_selector, selectors
+from sparseft.selection.select import candidates_of, select
+from sparseft.selection.source import Checkpoint
+
+__all__ = [
+    "Candidates",
+    "Checkpoint",
+    "Masks",
+    "Piece",
+    "candidates_of",
+    "register_selector",
+    "select",
+    "select_file",
+    "select_function",
+    "select_magnitude",
+    "select_random",
+    "selectors",
+]

@@ -1,0 +1,167 @@
+"""`select`: choose which entries of a model to train."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
+
+from torch import nn
+
+from sparseft._text import did_you_mean
+from sparseft.diff import MaskLike, SparsePattern, as_pattern
+from sparseft.errors import MaskError
+from sparseft.modules import ParameterIndex
+from sparseft.selection.counts import total_nnz
+from sparseft.selection.masks import Masks
+from sparseft.selection.registry import REGISTRY, Candidates
+from sparseft.selection.scopes import Scope, keep_best, keep_true
+from sparseft.selection.source import Source
+
+__all__ = ["candidates_of", "select"]
+
+logger = logging.getLogger(__name__)
+
+
+def candidates_of(
+    model: nn.Module,
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] = (),
+) -> Candidates:
+    """Return the floating parameters of a model that match the patterns, tied ones once.
+
+    Raises:
+        UnknownNameError: a pattern that matches nothing; the message has the nearest names.
+        MaskError: no parameter is left.
+    """
+    index = ParameterIndex(model)
+    chosen = set(index.names if include is None else index.match(include))
+    if exclude:
+        chosen -= set(index.match(exclude))
+    parameters = {
+        name: index.get(name) for name in sorted(chosen) if index.get(name).is_floating_point()
+    }
+    if not parameters:
+        raise MaskError(
+            f"no parameter is left to select from: include={include!r} and exclude={exclude!r} "
+            f"rule out all {len(index)} (only floating ones count)."
+        )
+    return Candidates(model, parameters)
+
+
+def select(
+    model: nn.Module,
+    method: str = "magnitude",
+    *,
+    nnz: int | None = None,
+    density: float | None = None,
+    density_of: Literal["candidates", "model"] = "candidates",
+    scope: Scope = "global",
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] = (),
+    base: Source | None = None,
+    tuned: Source | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> Masks:
+    """Choose exactly ``nnz`` entries of a model's parameters.
+
+    Entries are ranked by the method's scores; ties go to the first by (canonical parameter name,
+    flat index). Scores are computed and ranked a million entries at a time, so the memory needed
+    does not grow with the model: about 16 bytes per kept entry, the result included.
+
+    Args:
+        model: its parameters are read, never changed. Tied parameters count once.
+        method: a name from `selectors`: "magnitude" (largest ``|theta1 - theta0|``: needs
+            ``base``), "random" (``seed``), "file" (``path=``), "function" (``fn=``), ...
+        nnz: entries to keep in total.
+        density: fraction to keep, in (0, 1]; instead of ``nnz``.
+        density_of: what density is a fraction of: the candidates' entries, or those of all
+            floating parameters of the model.
+        scope: "global"; "tensor" (every tensor its share by size) or "row" (every row of every
+            tensor its share). The total is exact in each.
+        include: globs over parameter names; default all.
+        exclude: globs of names to leave out.
+        base: theta0: a model, a mapping from name to tensor, or a checkpoint's path.
+        tuned: theta1, likewise; default: the model's parameters as they are now.
+        seed: for methods that draw.
+        options: the method's own options.
+
+    Returns:
+        `Masks`: every candidate's name -> `SparsePattern`, on the parameter's device, sorted by
+        name; candidates without a kept entry have an empty pattern.
+
+    Raises:
+        MaskError: nnz and density both or neither given (masks from a file or function need
+            neither), a count out of range, NaN scores (the tensor is named), a base that does not
+            fit.
+        UnknownNameError: an unknown method, option, or a pattern that matches nothing; the message
+            has the nearest names.
+
+    Example:
+        >>> import copy, torch, sparseft
+        >>> base = torch.nn.Linear(3, 1, bias=False)
+        >>> tuned = copy.deepcopy(base)
+        >>> with torch.no_grad():
+        ...     _ = tuned.weight.add_(torch.tensor([[0.1, -0.3, 0.2]]))
+        >>> sparseft.select(tuned, nnz=2, base=base)["weight"].indices.tolist()
+        [1, 2]
+    """
+    entry = REGISTRY.get(method)
+    for what, value, kind in (
+        ("scope", scope, Scope),
+        ("density_of", density_of, Literal["candidates", "model"]),
+    ):
+        if value not in get_args(kind):
+            raise MaskError(
+                f"{what}={value!r} is not one of {', '.join(map(repr, get_args(kind)))}."
+                f"{did_you_mean(str(value), get_args(kind))}"
+            )
+    shared = {"base": base, "tuned": tuned, "seed": seed}
+    arguments = dict(options)
+    arguments.update(
+        (name, value)
+        for name, value in shared.items()
+        if value is not None and name in entry.options
+    )
+    REGISTRY.check_options(method, arguments)
+    candidates = candidates_of(model, include, exclude)
+    count = None
+    if nnz is not None or density is not None or entry.traits["kind"] == "scores":
+        of = candidates.numel
+        if density_of == "model":
+            of = sum(p.numel() for _, p in ParameterIndex(model).items() if p.is_floating_point())
+        what = "candidate entries" if density_of == "candidates" else "model entries"
+        count = total_nnz(nnz, density, candidates=candidates.numel, of=of, of_what=what)
+    chosen = entry.fn(candidates, **arguments)
+    if entry.traits["kind"] == "patterns":
+        masks = _checked(method, chosen, candidates, count)
+    elif count is None:
+        masks = keep_true(chosen, candidates.parameters)
+    else:
+        masks = keep_best(chosen, candidates.parameters, count, scope)
+    result = Masks(masks)
+    logger.info(
+        "selected %s of %s entries (density %.4g) in %d tensors by %s, scope %s",
+        f"{result.nnz:,}", f"{result.numel:,}", result.density, len(result), method, scope,
+    )  # fmt: skip
+    return result
+
+
+def _checked(
+    method: str, chosen: dict[str, MaskLike], candidates: Candidates, count: int | None
+) -> dict[str, SparsePattern]:
+    """Check ready masks against the parameters, fill in those without, and compare the count."""
+    masks = {}
+    for name, parameter in candidates.parameters.items():
+        mask = chosen.get(name)
+        if mask is None:
+            mask = SparsePattern.from_indices(parameter.new_empty(0).long(), tuple(parameter.shape))
+        masks[name] = as_pattern(mask, name=name, shape=parameter.shape)
+    total = sum(pattern.nnz for pattern in masks.values())
+    if count is not None and count != total:
+        raise MaskError(
+            f"{count:,} entries were asked for but the masks of {method!r} have {total:,}; leave "
+            "nnz and density out to take the masks as they are."
+        )
+    return masks

@@ -1,0 +1,22 @@
+"""Training: the lottery ticket over any trainer, a plain loop, recipes and the studies they
+describe.
+
+Here: when to train what, and going on after an interruption. Not here: what a mask does to a model
+(``sparseft.attach``), how it is chosen (``sparseft.selection``), data and scores.
+"""
+
+from __future__ import annotations
+
+from sparseft.training.loop import LoopResult, LoopTrainer
+from sparseft.training.lottery import LotteryTicketResult, lottery_ticket
+from sparseft.training.phases import Phase
+from sparseft.training.schedule import SCHEDULES
+
+__all__ = [
+    "SCHEDULES",
+    "LoopResult",
+    "LoopTrainer",
+    "LotteryTicketResult",
+    "Phase",
+    "lottery_ticket",
+]

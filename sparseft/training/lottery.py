@@ -1,0 +1,293 @@
+"""The lottery-ticket algorithm for sparse fine-tuning (LT-SFT): Ansell et al. 2022, arXiv
+2110.07560, section 3.1.
+
+Phase 1 fine-tunes densely, the entries that moved most are selected, everything is rewound, phase 2
+trains those entries. Both phases are ordinary trainer runs made by a factory of the user's.
+
+On disk (``output_dir``)::
+
+    state.json                            settings, finished phases
+    theta0.safetensors                    everything trainable before phase 1
+    iteration-0/dense/                    the trainer's checkpoints
+    iteration-0/dense.safetensors         result of phase 1 (full fine-tuning)
+    iteration-0/masks-nnz-K.safetensors   what was selected
+    iteration-0/sparse-nnz-K/             the trainer's checkpoints
+    iteration-0/adapter-nnz-K/            result of phase 2
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypedDict, cast, overload
+
+import torch
+from torch import nn
+
+from sparseft.adapter import Adapter
+from sparseft.errors import MaskError
+from sparseft.training.parameters import Trainables, base_digest, saved_training_mode
+from sparseft.training.phases import MakeTrainer
+from sparseft.training.state import RunState, exclusive
+from sparseft.training.ticket import LotteryTicketResult, TicketRun
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+__all__ = ["LotteryTicketResult", "SourceAdapter", "lottery_ticket"]
+
+SourceAdapter = Adapter | tuple[Adapter, float]
+
+
+class _Options(TypedDict, total=False):
+    """The keywords of `lottery_ticket` that the type of its result does not depend on."""
+
+    iterations: int
+    selector: str
+    scope: str
+    selector_options: Mapping[str, Any] | None
+    include: Sequence[str] | None
+    exclude: Sequence[str]
+    full_params: Sequence[str]
+    l1: float | tuple[float, float]
+    source_adapters: Sequence[SourceAdapter]
+    seed: int
+    resume: bool
+    adapter_name: str
+    base_name: str | None
+    metadata: Mapping[str, Any] | None
+    theta0: str | Path | None
+
+
+@overload
+def lottery_ticket(
+    make_trainer: MakeTrainer,
+    model: nn.Module,
+    *,
+    output_dir: str | Path,
+    nnz: int | None = None,
+    density: float | None = None,
+    **options: Unpack[_Options],
+) -> LotteryTicketResult: ...
+
+
+@overload
+def lottery_ticket(
+    make_trainer: MakeTrainer,
+    model: nn.Module,
+    *,
+    output_dir: str | Path,
+    nnz: Sequence[int] | None = None,
+    density: Sequence[float] | None = None,
+    **options: Unpack[_Options],
+) -> list[LotteryTicketResult]: ...
+
+
+def lottery_ticket(
+    make_trainer: MakeTrainer,
+    model: nn.Module,
+    *,
+    output_dir: str | Path,
+    nnz: int | Sequence[int] | None = None,
+    density: float | Sequence[float] | None = None,
+    iterations: int = 1,
+    selector: str = "magnitude",
+    scope: str = "global",
+    selector_options: Mapping[str, Any] | None = None,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] = (),
+    full_params: Sequence[str] = (),
+    l1: float | tuple[float, float] = 0.0,
+    source_adapters: Sequence[SourceAdapter] = (),
+    seed: int = 0,
+    resume: bool = True,
+    adapter_name: str = "adapter",
+    base_name: str | None = None,
+    metadata: Mapping[str, Any] | None = None,
+    theta0: str | Path | None = None,
+) -> LotteryTicketResult | list[LotteryTicketResult]:
+    """Learn a sparse adapter in two phases: dense, select, rewind, sparse.
+
+    Phase 1 minimises ``loss + l1 * mean|theta - theta0|`` over all candidates, giving theta1. The
+    mask keeps the nnz entries with the largest ``|theta1 - theta0|`` (or what ``selector``
+    chooses). Everything goes back to theta0, and phase 2 minimises ``loss + l1 * mean|diff|`` over
+    the entries of the mask. With n iterations the mask grows by nnz / n an iteration (the last
+    brings it to nnz): each begins where the last ended, its dense phase moves every candidate, the
+    entries that are then farthest from theta0 join those already chosen, everything is rewound to
+    where the iteration began, and its sparse phase trains the whole mask.
+
+    Args:
+        make_trainer: (model, `Phase`) -> a Hugging Face ``Trainer`` or `LoopTrainer` that keeps its
+            checkpoints in ``phase.output_dir``. Called once a phase, with what is to be trained
+            already marked by ``requires_grad``; options such as ``load_best_model_at_end`` work in
+            both phases.
+        model: the base; as it was, bit for bit, when this returns or raises.
+        output_dir: folder of the run's state. The same call goes on from whatever it finds there.
+        nnz: entries to train; or density, a fraction of the candidates' entries. A list of either
+            gives a list of
+            results: phase 1 runs once, and the masks nest.
+        iterations: repetitions of the two phases; 1 with a list.
+        selector: name of a registered selector; ``scope`` and ``selector_options`` go to `select`.
+        include, exclude: globs over parameter names that the mask may and may not touch (exclude
+            wins). What is excluded stays frozen in both phases.
+        full_params: globs of parameters trained fully in both phases (heads). They are rewound like
+            the rest, and saved whole in the adapter.
+        l1: strength of the penalty on the diff, or one for each phase.
+        source_adapters: adapters, or (adapter, coeff), that are applied beneath in both phases, so
+            that the diff is relative to them. Their digests are the result's ``metadata.parents``.
+        seed: of both phases (each derives its own; a Trainer additionally uses its ``args.seed``).
+        resume: False starts over and deletes what the folder holds of an earlier run.
+        adapter_name, base_name, metadata: name and provenance of the result; ``metadata`` is JSON.
+
+        theta0: a safetensors file of the base, under the model's own names; what it holds bit for
+            bit is read from there, not copied to ``output_dir``.
+
+    Returns:
+        A `LotteryTicketResult`, or a list in the order of the list given.
+
+    Raises:
+        MaskError: nothing to select from, or nnz outside 1 ... candidates.
+        ResumeError: the folder holds a run with other settings, or another process runs in it.
+        NonFiniteLossError: NaN or infinite loss; the last good checkpoint stays.
+        DataError: empty training data.
+
+    Numerics: interrupted and continued, a run gives the bytes of an uninterrupted one (one machine,
+        thread count, set of versions), as long as the trainer's checkpoints are exact:
+        `LoopTrainer`'s are, and Trainer's are with a collator that draws from torch's generators or
+        from the batch itself.
+
+    Source: Ansell, Ponti, Korhonen, Vulić 2022, arXiv 2110.07560, section 3.1 and appendix
+        (iterations, L1).
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if torch.distributed.get_world_size() > 1:
+            raise RuntimeError(
+                "lottery_ticket runs in one process: ranks would write one state. Run it on one "
+                "device, or attach the masks in the distributed script itself."
+            )
+    single = not isinstance(nnz, Sequence) and not isinstance(density, Sequence)
+    if iterations < 1:
+        raise ValueError(f"iterations must be at least 1, got {iterations}.")
+    if iterations > 1 and not single:
+        raise ValueError(
+            "a list of nnz or densities shares one dense phase, as only one iteration can; "
+            "call once for each, with its own output_dir, to repeat the phases."
+        )
+    if iterations > 1 and selector != "magnitude":
+        raise ValueError(
+            f"iterations={iterations} needs selector='magnitude', which can keep earlier entries; "
+            f"got {selector!r}."
+        )
+    penalties = l1 if isinstance(l1, tuple) else (l1, l1)
+    if len(penalties) != 2 or any(p < 0 for p in penalties):
+        raise ValueError(f"l1 must be a number >= 0 or one for each of the two phases, got {l1!r}.")
+    parts = Trainables.of(model, include=include, exclude=exclude, full_params=full_params)
+    budgets = _budgets(nnz, density, parts.numel)
+    sources = [s if isinstance(s, tuple) else (s, 1.0) for s in source_adapters]
+    if base_name is None:
+        base_name = getattr(getattr(model, "config", None), "name_or_path", None) or None
+    settings = {
+        "nnz": budgets,
+        "iterations": iterations,
+        "selector": selector,
+        "scope": scope,
+        "selector_options": dict(selector_options or {}),
+        "candidates": sorted(parts.candidates),
+        "full_params": sorted(parts.full),
+        "l1": list(penalties),
+        "source_adapters": [[a.digest, float(c)] for a, c in sources],
+        "seed": seed,
+        "adapter_name": adapter_name,
+        "base_name": base_name,
+        "metadata": dict(metadata or {}),
+        "base": base_digest(parts),
+    }
+    folder = Path(output_dir)
+    with ExitStack() as stack:
+        stack.enter_context(exclusive(folder))
+        if not resume:
+            _forget(folder)
+        state = RunState(folder / "state.json", settings)
+        stack.enter_context(saved_training_mode(model))
+        if sources:
+            from sparseft.composition import Composer
+
+            composer = Composer(model)
+            names = []
+            for i, (source, _) in enumerate(sources):
+                names.append(f"source-{i}-{source.name}")
+                composer.add(names[-1], source)
+            composer.apply(dict(zip(names, (c for _, c in sources), strict=True)))
+            stack.callback(composer.revert)
+        run = TicketRun(
+            make_trainer=make_trainer,
+            model=model,
+            parts=parts,
+            folder=folder,
+            state=state,
+            iterations=iterations,
+            l1=(float(penalties[0]), float(penalties[1])),
+            seed=seed,
+            choose={"method": selector, "scope": scope, **(selector_options or {})},
+        )
+        run.remember_theta0(None if theta0 is None else Path(theta0))
+        stack.callback(run.rewind_to_base)
+
+        def finish(adapter: Adapter, budget: int) -> Adapter:
+            extra = {
+                "l1": list(penalties),
+                "iterations": iterations,
+                "scope": scope,
+                **(metadata or {}),
+            }
+            about = dataclasses.replace(
+                adapter.metadata,
+                base_name=base_name,
+                method=f"lottery_ticket/{selector}",
+                density=budget / parts.numel,
+                seed=seed,
+                parents=tuple(a.digest for a, _ in sources),
+                extra={**adapter.metadata.extra, **extra},
+            )
+            return Adapter(
+                adapter.diffs, name=adapter_name, dense=dict(adapter.dense), metadata=about
+            )
+
+        results = run.results(budgets, finish)
+    return results[0] if single else results
+
+
+def _budgets(
+    nnz: int | Sequence[int] | None, density: float | Sequence[float] | None, numel: int
+) -> list[int]:
+    if (nnz is None) == (density is None):
+        raise MaskError(
+            "give either nnz or density, e.g. density=0.1 (of the candidates' entries)."
+        )
+    if density is not None:
+        wanted = density if isinstance(density, Sequence) else [density]
+        bad = [d for d in wanted if not 0 < d <= 1]
+        if bad:
+            raise MaskError(f"density must be in (0, 1], got {bad[0]!r}.")
+        counts = [max(1, round(d * numel)) for d in wanted]
+    else:
+        counts = [int(k) for k in (nnz if isinstance(nnz, Sequence) else [cast(int, nnz)])]
+    if not counts:
+        raise MaskError("the list of nnz or densities is empty.")
+    for k in counts:
+        if not 1 <= k <= numel:
+            raise MaskError(f"nnz={k:,} is outside 1 ... {numel:,}, the candidates' entries.")
+    if len(set(counts)) != len(counts):
+        raise MaskError(f"two of the budgets are the same number of entries: {counts}.")
+    return counts
+
+
+def _forget(folder: Path) -> None:
+    """Delete what a run writes, and nothing else that may lie in the folder."""
+    for name in ("state.json", "theta0.safetensors"):
+        (folder / name).unlink(missing_ok=True)
+    for path in folder.glob("iteration-*"):
+        shutil.rmtree(path)

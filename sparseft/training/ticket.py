@@ -1,0 +1,329 @@
+"""The lottery-ticket algorithm on an open state: looked up on disk before it is computed.
+
+`lottery_ticket` checks its arguments and hands over to `TicketRun`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import ChainMap
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from sparseft._integrity import bits_equal
+from sparseft.adapter import Adapter
+from sparseft.diff import SparsePattern
+from sparseft.errors import ResumeError
+from sparseft.training.hooks import PhaseHooks
+from sparseft.training.parameters import Trainables
+from sparseft.training.phases import MakeTrainer, Phase, run_phase
+from sparseft.training.rng import derive_seed
+from sparseft.training.state import RunState, TensorFile, load_masks, save_masks, save_tensors
+
+__all__ = ["LotteryTicketResult", "TicketRun"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LotteryTicketResult:
+    """What a run gives for one nnz.
+
+    Args:
+        adapter: the trained diffs, relative to the base with the source adapters applied, and the
+            full parameters.
+        masks: which entries were trained.
+        history: log of the phases behind it: the trainer's entries, each with ``"phase"`` added.
+        state_dir: the run's folder.
+        path: the adapter's file.
+        dense_path: safetensors file with the result of the last dense phase (full fine-tuning).
+    """
+
+    adapter: Adapter
+    masks: dict[str, SparsePattern] = field(repr=False)
+    history: list[dict[str, Any]] = field(repr=False)
+    state_dir: Path
+    path: Path
+    dense_path: Path
+
+    @property
+    def nnz(self) -> int:
+        """Number of trained entries."""
+        return sum(p.nnz for p in self.masks.values())
+
+
+@dataclass
+class TicketRun:
+    """The algorithm on an open state: everything is looked up on disk before it is computed."""
+
+    make_trainer: MakeTrainer
+    model: nn.Module
+    parts: Trainables
+    folder: Path
+    state: RunState
+    iterations: int
+    l1: tuple[float, float]
+    seed: int
+    choose: dict[str, Any]
+    theta0: Mapping[str, Tensor] = field(init=False, repr=False)
+    _phase_count: int = 0
+
+    # -- theta0 -----------------------------------------------------------------------------------
+
+    def remember_theta0(self, known: Path | None = None) -> None:
+        """Write theta0, or put the model at the theta0 that an earlier process wrote.
+
+        Args:
+            known: a safetensors file of the base; what it holds bit for bit is not written again.
+        """
+        path = self.folder / "theta0.safetensors"
+        if path.exists():
+            own = TensorFile(path)
+        elif self.state.phases:
+            raise ResumeError(
+                f"{path} is gone but the run had begun; pass resume=False to start over."
+            )
+        else:
+            base = TensorFile(known) if known is not None else {}
+            save_tensors(path, {n: t for n, t in self.parts.kept.items() if not _in(base, n, t)})
+            own = TensorFile(path)
+        lacking = [n for n in self.parts.kept if n not in own]
+        if lacking:
+            if known is None:
+                raise ResumeError(
+                    f"{path} leaves {lacking[0]!r} and {len(lacking) - 1} more to a file of the "
+                    "base; pass the same theta0 as when the run began."
+                )
+            base = TensorFile(known)
+            for name in lacking:
+                if not _in(base, name, self.parts.kept[name]):
+                    raise ResumeError(
+                        f"{known} does not hold {name!r} as the model has it; the run began with "
+                        "another file or another base."
+                    )
+            self.theta0 = ChainMap(cast(Any, own), cast(Any, base))
+        else:
+            self.theta0 = own
+        self.parts.load(self.theta0)
+
+    def rewind_to_base(self) -> None:
+        """Put theta0 back, bit for bit."""
+        self.parts.load(self.theta0)
+
+    # -- the algorithm ---
+
+    def results(
+        self, budgets: list[int], finish: Callable[[Adapter, int], Adapter]
+    ) -> list[LotteryTicketResult]:
+        """Run what is missing and return a result for each budget."""
+        last: Adapter | None = None
+        for iteration in range(self.iterations):
+            final = iteration == self.iterations - 1
+            # Grown in equal shares; the last iteration brings the mask to exactly nnz.
+            counts = [k if final else k * (iteration + 1) // self.iterations for k in budgets]
+            out, previous = [], last
+            for budget, count in zip(budgets, counts, strict=True):
+                if count == 0:  # fewer entries than iterations: nothing to train yet
+                    continue
+                result = self._ticket(iteration, count, counts, previous, finish, budget)
+                last = result.adapter
+                out.append(result)
+        return out
+
+    def _ticket(
+        self,
+        iteration: int,
+        count: int,
+        counts: list[int],
+        previous: Adapter | None,
+        finish: Callable[[Adapter, int], Adapter],
+        budget: int,
+    ) -> LotteryTicketResult:
+        home = self.folder / f"iteration-{iteration}"
+        dense_key, sparse_key = (
+            f"iteration-{iteration}/dense",
+            f"iteration-{iteration}/sparse-nnz-{count}",
+        )
+        adapter_path = home / f"adapter-nnz-{count}" / "adapter.safetensors"
+        masks_path = home / f"masks-nnz-{count}.safetensors"
+        dense_path = home / "dense.safetensors"
+        if not self.state.done(sparse_key):
+            if not self.state.done(dense_key):
+                self._dense_phase(iteration, dense_key, home / "dense", dense_path, previous)
+            if not masks_path.exists():
+                self._select(dense_path, masks_path, count, previous)
+            self._sparse_phase(
+                iteration,
+                sparse_key,
+                home / f"sparse-nnz-{count}",
+                load_masks(masks_path),
+                previous,
+                lambda adapter: finish(adapter, budget).save(adapter_path),
+            )
+        history = [
+            {"phase": key, **entry}
+            for key in (dense_key, sparse_key)
+            for entry in self.state.phases.get(key, {}).get("history", [])
+        ]
+        return LotteryTicketResult(
+            adapter=Adapter.load(adapter_path),
+            masks=load_masks(masks_path),
+            history=history,
+            state_dir=self.folder,
+            path=adapter_path,
+            dense_path=dense_path,
+        )
+
+    def _begin(self, previous: Adapter | None) -> None:
+        """Put the model where an iteration begins: at theta0, or where the last iteration ended."""
+        self.rewind_to_base()
+        if previous is None:
+            return
+        with torch.no_grad():
+            for name, diff in previous.diffs.items():
+                flat = self.parts.candidates[name].detach().view(-1)
+                at = diff.indices.to(flat.device, torch.int64)
+                flat[at] = (flat[at].float() + diff.values.to(flat.device)).to(flat.dtype)
+            for name, value in previous.dense.items():
+                self.parts.full[name].copy_(value)
+
+    def _dense_phase(
+        self, iteration: int, key: str, folder: Path, result: Path, previous: Adapter | None
+    ) -> None:
+        self._begin(previous)
+        trained = self.parts.trained
+        ids = {id(p) for p in trained.values()}
+        for parameter in self.model.parameters():
+            parameter.requires_grad_(id(parameter) in ids)
+        hooks = PhaseHooks(
+            "dense",
+            [(p, self._delta(n, p)) for n, p in self.parts.candidates.items()],
+            self.l1[0],
+        )
+        phase = Phase(
+            name="dense",
+            iteration=iteration,
+            index=2 * iteration,
+            output_dir=folder,
+            seed=derive_seed(self.seed, key),
+            parameters=trained,
+        )
+        logger.info("phase %s: training %s entries", key, f"{self.parts.numel:,}")
+        history = run_phase(
+            self.make_trainer, self.model, phase, key=key, state=self.state, hooks=hooks
+        )
+        self.parts.save(result)
+        self.state.finish(key, history=history)
+        _clear_loop_checkpoints(folder)
+
+    def _delta(self, name: str, parameter: nn.Parameter) -> Callable[[], Tensor]:
+        return lambda: parameter.detach() - self.theta0[name].to(parameter.device)
+
+    def _select(self, dense: Path, masks: Path, count: int, previous: Adapter | None) -> None:
+        from sparseft.selection import select
+
+        self.parts.load_file(dense)
+        base: Mapping[str, Tensor] = self.theta0
+        if previous is not None:
+            base = _FarFromOld(self.parts, self.theta0, previous)
+        chosen = select(
+            self.model,
+            nnz=count,
+            base=base,
+            include=list(self.parts.candidates),
+            seed=self.seed,
+            **self.choose,
+        )
+        save_masks(masks, chosen)
+        logger.info("selected %s entries", f"{sum(p.nnz for p in chosen.values()):,}")
+
+    def _sparse_phase(
+        self,
+        iteration: int,
+        key: str,
+        folder: Path,
+        masks: dict[str, SparsePattern],
+        previous: Adapter | None,
+        save: Callable[[Adapter], Any],
+    ) -> None:
+        from sparseft.attach import attach
+
+        self._begin(previous)
+        if previous is not None:
+            # The diff is relative to theta0: weights start there, with the diff so far in leaves.
+            with torch.no_grad():
+                for name, weight in self.parts.candidates.items():
+                    weight.copy_(self.theta0[name])
+        for parameter in self.model.parameters():
+            parameter.requires_grad_(False)
+        attachment = attach(
+            self.model,
+            {n: p for n, p in masks.items() if p.nnz},
+            full_params=list(self.parts.full),
+        )
+        try:
+            if previous is not None:
+                attachment.load_adapter_(previous)
+            hooks = PhaseHooks(
+                "sparse",
+                [(leaf, leaf.detach) for leaf in attachment.leaves.values()],
+                self.l1[1],
+            )
+            phase = Phase(
+                name="sparse",
+                iteration=iteration,
+                index=2 * iteration + 1,
+                output_dir=folder,
+                seed=derive_seed(self.seed, key),
+                parameters=dict(attachment.named_parameters()),
+                attachment=attachment,
+                nnz=attachment.nnz,
+            )
+            logger.info("phase %s: training %s entries", key, f"{attachment.nnz:,}")
+            history = run_phase(
+                self.make_trainer, self.model, phase, key=key, state=self.state, hooks=hooks
+            )
+            save(attachment.adapter())
+        finally:
+            attachment.detach(restore=True)
+        self.state.finish(key, history=history)
+        _clear_loop_checkpoints(folder)
+
+
+def _in(file: Mapping[str, Tensor], name: str, tensor: Tensor) -> bool:
+    return name in file and bits_equal(file[name], tensor.detach().cpu())
+
+
+class _FarFromOld(Mapping[str, Tensor]):
+    """theta0, moved far away at the entries of an earlier mask, so that those rank first."""
+
+    def __init__(self, parts: Trainables, theta0: Mapping[str, Tensor], old: Adapter) -> None:
+        self.parts, self.theta0, self.old = parts, theta0, old
+
+    def __getitem__(self, name: str) -> Tensor:
+        base = self.theta0[name]
+        if name not in self.old.diffs:
+            return base
+        base = base.float().clone()
+        at = self.old.diffs[name].indices.long()
+        tuned = self.parts.candidates[name].detach().view(-1)[at].float().cpu()
+        far = torch.finfo(torch.float32).max / 2
+        base.view(-1)[at] = torch.where(tuned > 0, -far, far)
+        return base
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.theta0)
+
+    def __len__(self) -> int:
+        return len(self.theta0)
+
+
+def _clear_loop_checkpoints(folder: Path) -> None:
+    """Delete `LoopTrainer`'s checkpoints of a finished phase; a Trainer has its own options."""
+    for path in folder.glob("*.pt"):
+        path.unlink(missing_ok=True)

@@ -1,0 +1,176 @@
+"""``sparseft compose`` and ``sparseft inspect``."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from sparseft import Adapter, SparseDiff
+from sparseft.adapter import AdapterMetadata
+from sparseft.cli.main import BAD_INPUT, OK, main
+from sparseft.modules import fingerprint_model
+
+ROOT = Path(__file__).resolve().parents[2]
+OUTPUT = "roberta.encoder.layer.0.output.dense.weight"
+
+
+@pytest.fixture(scope="module")
+def base(tiny, tmp_path_factory):
+    return tiny.save_tiny(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def adapters(base, tmp_path_factory):
+    """A language adapter that also changes the masked-LM head, a task adapter with a head."""
+    from transformers import AutoModelForMaskedLM
+
+    folder = tmp_path_factory.mktemp("adapters")
+    model = AutoModelForMaskedLM.from_pretrained(base)
+    parameters = dict(model.named_parameters())
+    generator = torch.Generator().manual_seed(0)
+
+    def diffs(names):
+        return {
+            n: SparseDiff.from_dense(
+                torch.randn(parameters[n].shape, generator=generator),
+                torch.rand(parameters[n].shape, generator=generator) < 0.3,
+            )
+            for n in names
+        }
+
+    def metadata(names):
+        return AdapterMetadata(
+            base_name="tiny", fingerprint=fingerprint_model(model, names), method="test", seed=7
+        )
+
+    names = [OUTPUT, "lm_head.dense.weight"]
+    Adapter(diffs(names), name="sw", metadata=metadata(names)).save(folder / "sw")
+    heads = {
+        "classifier.dense.weight": torch.eye(16),
+        "classifier.dense.bias": torch.zeros(16),
+        "classifier.out_proj.weight": torch.randn(3, 16, generator=generator),
+        "classifier.out_proj.bias": torch.zeros(3),
+    }
+    task = Adapter(diffs([OUTPUT]), name="nli", dense=heads, metadata=metadata([OUTPUT]))
+    task.save(folder / "nli")
+    return folder
+
+
+def weight(folder, name, kind="AutoModelForSequenceClassification"):
+    import transformers
+
+    model = getattr(transformers, kind).from_pretrained(folder)
+    return dict(model.named_parameters())[name].detach()
+
+
+def test_checkpoint_through_python_m(base, adapters, tmp_path):
+    """As a user types it, from another directory."""
+    done = subprocess.run(
+        [sys.executable, "-m", "sparseft", "compose", "--base", str(base),
+         "--adapter", str(adapters / "sw"), str(adapters / "nli"),
+         "--coeff", "0.5", "-1", "--out", "merged"],
+        capture_output=True, text=True, cwd=tmp_path, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == OK, done.stderr
+    assert "merged: " in done.stdout
+    assert "lm_head.dense.weight" in done.stderr, "what was left out is said"
+    sw, nli = Adapter.load(adapters / "sw"), Adapter.load(adapters / "nli")
+    before = weight(base, OUTPUT, "AutoModelForMaskedLM")
+    # Canonical order: nli, then sw.
+    wanted = before + (-nli[OUTPUT].to_dense() + 0.5 * sw[OUTPUT].to_dense())
+    assert torch.equal(weight(tmp_path / "merged", OUTPUT), wanted)
+    head = weight(tmp_path / "merged", "classifier.out_proj.weight")
+    assert torch.equal(head, nli.dense["classifier.out_proj.weight"])
+    from transformers import AutoTokenizer
+
+    AutoTokenizer.from_pretrained(tmp_path / "merged")
+    recipe = json.loads((tmp_path / "merged" / "sparseft_composition.json").read_text())
+    assert {a["name"]: a["coeff"] for a in recipe["adapters"]} == {"sw": 0.5, "nli": -1.0}
+
+
+def test_merged_adapter(adapters, tmp_path, capsys):
+    out = tmp_path / "both.safetensors"
+    words = ["compose", "--adapter", str(adapters / "sw"), str(adapters / "nli"),
+             "--out", str(out), "--name", "sw-nli"]  # fmt: skip
+    assert main(words) == OK
+    merged = Adapter.load(out)
+    assert merged.name == "sw-nli"
+    assert f"{merged.nnz:,} entries in 2 tensors, 4 dense" in capsys.readouterr().out
+    assert main(words) == BAD_INPUT
+    assert "exists already; add --overwrite" in capsys.readouterr().err
+    before = out.read_bytes()
+    assert main([*words, "--overwrite"]) == OK
+    assert out.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--coeff", "1"], "--coeff has 1 numbers for 2 adapters"),
+        (["--coeff", "1", "nan"], "coefficient of 'nli' is nan"),
+        (["--coeff", "1", "x"], "invalid float value"),
+        (["--method", "liner"], "no composition method 'liner'. Did you mean 'linear'?"),
+        (["--architecture", "AutoModel"], "--architecture needs --base"),
+        (["--base", "./nothing"], "no folder ./nothing"),
+    ],
+)
+def test_bad_input(adapters, tmp_path, capsys, extra, message):
+    out = tmp_path / "out"
+    words = ["compose", "--adapter", str(adapters / "sw"), str(adapters / "nli"), "--out", str(out)]
+    assert main([*words, *extra]) == BAD_INPUT
+    assert message in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_another_base_is_refused(tiny, adapters, tmp_path, capsys):
+    other = tiny.save_tiny(tmp_path / "other", seed=1)
+    words = ["compose", "--base", str(other), "--adapter", str(adapters / "sw"),
+             "--out", str(tmp_path / "out")]  # fmt: skip
+    assert main(words) == BAD_INPUT
+    assert "made on another base (tiny)" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert main([*words, "--no-check-base"]) == OK
+
+
+def test_inspect(adapters, capsys):
+    assert main(["inspect", str(adapters / "sw"), str(adapters / "nli")]) == OK
+    out = capsys.readouterr().out
+    sw, nli = Adapter.load(adapters / "sw"), Adapter.load(adapters / "nli")
+    for text in (sw.digest, nli.digest, "tiny", OUTPUT, "lm_head.dense.weight", f"{sw.nnz:,}",
+                 "classifier.out_proj.weight", "Jaccard", "seed         7"):  # fmt: skip
+        assert text in out
+    ours, theirs = set(sw[OUTPUT].indices.tolist()), set(nli[OUTPUT].indices.tolist())
+    assert f"{len(ours & theirs) / len(ours | theirs):.4f}" in out
+
+
+def test_inspect_json(adapters, capsys):
+    assert main(["inspect", "--json", str(adapters / "sw"), str(adapters / "nli")]) == OK
+    data = json.loads(capsys.readouterr().out)
+    sw = Adapter.load(adapters / "sw")
+    assert data["adapters"][0]["digest"] == sw.digest
+    assert data["adapters"][0]["nnz"] == sw.nnz
+    assert [t["name"] for t in data["adapters"][0]["tensors"]] == sw.names
+    assert data["overlaps"][0]["common"] <= data["adapters"][1]["nnz"]
+
+
+def test_inspect_without_rows(adapters, capsys):
+    assert main(["inspect", "--no-tensors", str(adapters / "sw")]) == OK
+    out = capsys.readouterr().out
+    assert OUTPUT not in out
+    assert "entries" in out
+    assert "Jaccard" not in out
+
+
+def test_inspect_says_what_is_wrong(adapters, tmp_path, capsys):
+    assert main(["inspect", str(tmp_path / "nothing")]) == BAD_INPUT
+    assert "no adapter at" in capsys.readouterr().err
+    data = bytearray((adapters / "sw" / "adapter.safetensors").read_bytes())
+    data[-2] ^= 0x7F
+    (tmp_path / "bad.safetensors").write_bytes(data)
+    assert main(["inspect", str(tmp_path / "bad.safetensors")]) == BAD_INPUT
+    assert "bad.safetensors" in capsys.readouterr().err

@@ -1,0 +1,234 @@
+"""The study end to end, with the shipped encoder and few steps: what it writes, resumes, shows."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import sparseft
+from sparseft.demo.encoder import load_classifier, load_masked_lm, load_tokenizer
+from sparseft.demo.names import SOURCE, names
+from sparseft.demo.pretrain import masked_lm_loss
+from sparseft.demo.recipe import RECIPE, DemoRecipe, RunRecipe
+from sparseft.demo.study import FULL_FT, TASK, TASK_LANGUAGE, held_out_examples, run_demo
+from sparseft.demo.training import language_batches, language_loss, task_batches
+from sparseft.demo.tune import override
+from sparseft.errors import RecipeError
+from sparseft.evaluation.report import Results
+
+
+@pytest.fixture(scope="module")
+def recipe() -> DemoRecipe:
+    shipped = DemoRecipe.load()
+    return dataclasses.replace(
+        shipped,
+        task=dataclasses.replace(shipped.task, epochs=1, batch_size=256, density=0.05),
+        language=dataclasses.replace(
+            shipped.language, steps=3, batch_size=8, phrases=40, density=0.05
+        ),
+        quick=RunRecipe(languages=("fi", "sw"), seeds=1),
+        full=RunRecipe(languages=("qu",), seeds=2, densities=(0.01, 0.05)),
+    )
+
+
+@pytest.fixture(scope="module")
+def done(recipe, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo")
+    return folder, run_demo(output_dir=folder, quiet=True, recipe=recipe, workers=1)
+
+
+def test_scores_every_setting_in_every_language(done):
+    _, result = done
+    cells = {(r.setting, r.language) for r in result.results.rows if r.metric == "macro_f1"}
+    settings = (TASK, TASK_LANGUAGE, FULL_FT)
+    assert cells == {(setting, code) for setting in settings for code in (SOURCE, "fi", "sw")}
+    assert all(r.n == len(names(r.language, "test")) for r in result.results.rows)
+
+
+def test_files_hold_what_was_found(done):
+    folder, result = done
+    assert [p.name for p in result.files] == ["results.json", "results.md", "results.png"]
+    assert Results.load(folder / "results.json").rows == result.results.rows
+    assert (folder / "results.png").read_bytes().startswith(b"\x89PNG")
+    assert "task + language" in (folder / "results.md").read_text()
+    record = json.loads((folder / "results.json").read_text())["provenance"]
+    assert record["names_as_pretrained"] is True
+    assert record["recipe"]["language"]["steps"] == 3
+    assert record["peak_rss_bytes"] == result.peak_rss
+
+
+def test_adapters_are_sparse_and_apply(done, recipe):
+    folder, result = done
+    assert sorted(a.name for a in result.adapters) == ["en", "fi", "sw", "task", "task-on-en"]
+    backbone = sum(p.numel() for p in load_classifier().roberta.parameters())
+    for file in result.adapters:
+        assert file.path.is_file()
+        assert file.file_bytes == file.path.stat().st_size
+        assert file.nnz == pytest.approx(0.05 * backbone, abs=1)
+    model = load_classifier(seed=0)
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    saved = {a.name: sparseft.Adapter.load(a.path.parent) for a in result.adapters}
+    assert saved["task-on-en"].metadata.parents == (saved["en"].digest,)
+    assert not saved["task"].metadata.parents
+    composer = sparseft.Composer(model, {"task": saved["task-on-en"], "fi": saved["fi"]})
+    composer.apply(["task", "fi"])
+    assert not torch.equal(model.classifier.out_proj.weight, before["classifier.out_proj.weight"])
+    composer.revert()
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+
+
+def test_language_adapter_leaves_the_head_alone(done):
+    _, result = done
+    path = next(a.path for a in result.adapters if a.name == "fi")
+    adapter = sparseft.Adapter.load(path.parent)
+    assert all(name.startswith("roberta.") for name in adapter.diffs)
+    assert not adapter.dense
+    task = sparseft.Adapter.load(next(a.path for a in result.adapters if a.name == "task").parent)
+    assert {name.split(".")[0] for name in task.dense} == {"classifier"}
+
+
+def test_sparse_phase_keeps_less(done):
+    _, result = done
+    dense, sparse = (result.state[f"language, {phase} phase"] for phase in ("dense", "sparse"))
+    assert sparse.total < 0.5 * dense.total
+    assert sparse.diff > 0
+    assert dense.diff == 0
+
+
+def test_a_second_run_trains_nothing_and_gives_the_same(done, recipe, monkeypatch):
+    folder, result = done
+    before = {a.name: a.path.read_bytes() for a in result.adapters}
+
+    def no_step(self, *args, **kwargs):
+        raise AssertionError("an optimizer stepped")
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", no_step)
+    again = run_demo(output_dir=folder, quiet=True, recipe=recipe, workers=1)
+    assert again.results.rows == result.results.rows
+    assert {a.name: a.path.read_bytes() for a in again.adapters} == before
+
+
+def test_interrupted_run_goes_on_with_the_same_bits(done, recipe, tmp_path, monkeypatch):
+    _, result = done
+    calls = 0
+    step = torch.optim.AdamW.step
+
+    def interrupt(self, *args, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls == 9:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run_demo(output_dir=tmp_path, quiet=True, recipe=recipe, workers=1)
+    again = run_demo(output_dir=tmp_path, quiet=True, recipe=recipe, workers=1)
+    assert again.results.rows == result.results.rows
+    mine = {a.name: a.path.read_bytes() for a in again.adapters}
+    assert mine == {a.name: a.path.read_bytes() for a in result.adapters}
+
+
+def test_full_covers_seeds_and_densities(done, recipe):
+    folder, _ = done  # beside a quick run, as a user would
+    result = run_demo(full=True, output_dir=folder, quiet=True, recipe=recipe, workers=1)
+    composed = {
+        (r.seed, r.density)
+        for r in result.results.rows
+        if r.setting == TASK_LANGUAGE and r.metric == "macro_f1"
+    }
+    assert composed == {(seed, density) for seed in (0, 1) for density in (0.01, 0.05)}
+    masks = [
+        sparseft.Adapter.load(a.path.parent)
+        for a in result.adapters
+        if a.name == "qu" and a.seed == 0
+    ]
+    for name, diff in masks[0].diffs.items():
+        assert set(diff.indices.tolist()) <= set(masks[1].diffs[name].indices.tolist())
+
+
+def test_two_workers_give_the_bits_of_one(done, recipe, tmp_path):
+    _, result = done
+    again = run_demo(output_dir=tmp_path, quiet=True, recipe=recipe, workers=2)
+    assert again.results.rows == result.results.rows
+    assert again.state == result.state
+    mine = {a.name: a.path.read_bytes() for a in again.adapters}
+    assert mine == {a.name: a.path.read_bytes() for a in result.adapters}
+
+
+def test_prints_the_table(done, recipe, capsys):
+    folder, _ = done
+    run_demo(output_dir=folder, recipe=recipe, workers=1)
+    out = capsys.readouterr().out
+    for part in (
+        "Finnish",
+        "Swahili",
+        "mean of targets",
+        "full fine-tuning",
+        "Peak memory",
+        "Adding",
+    ):
+        assert part in out
+
+
+def test_training_data_is_of_training_keys_and_the_right_language(recipe):
+    tokenizer = load_tokenizer()
+    own = set(names(SOURCE, "train").values())
+    seen = [
+        tokenizer.decode(row, skip_special_tokens=True)
+        for batch in task_batches(tokenizer, recipe.task, seed=0)
+        for row in batch["input_ids"]
+    ]
+    assert len(seen) == len(names(SOURCE, "train"))
+    assert len(set(seen) - own) < 0.1 * len(own)  # NFKD rewrites a few
+    assert not set(seen) & {e.text for e in held_out_examples(SOURCE)}
+    batches = language_batches("fi", tokenizer, recipe.language, seed=0)
+    assert len(batches) == recipe.language.steps
+    again = language_batches("fi", tokenizer, recipe.language, seed=0)
+    assert all(torch.equal(a.input_ids, b.input_ids) for a, b in zip(batches, again, strict=True))
+    other = language_batches("fi", tokenizer, recipe.language, seed=1)
+    assert not torch.equal(batches[0].targets, other[0].targets)
+
+
+def test_recipe_is_checked(tmp_path: Path):
+    text = RECIPE.read_text()
+    bad = tmp_path / "recipe.yaml"
+    bad.write_text(text.replace("mask_rate:", "mask_ratio:"))
+    with pytest.raises(RecipeError, match="mask_ratio.*mask_rate"):
+        DemoRecipe.load(bad)
+    with pytest.raises(RecipeError, match="'de'"):
+        RunRecipe(languages=("de",), seeds=1)
+    assert DemoRecipe.load().quick.languages[:4] == ("fi", "tr", "sw", "qu")
+    assert len(DemoRecipe.load().full.languages) == 10
+
+
+def test_tuning_overrides_are_checked():
+    recipe = override(DemoRecipe.load(), ["language.lr=1e-3", "language.steps=7"])
+    assert (recipe.language.lr, recipe.language.steps) == (1e-3, 7)
+    assert recipe.task == DemoRecipe.load().task
+    for bad, message in (
+        ("language.rate=1", "rate"),
+        ("lnguage.lr=1", "language"),
+        ("lr", "part."),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            override(recipe, [bad])
+
+
+def test_language_loss_moves_only_rows_of_pieces_that_occur(recipe):
+    """What the softmax's normaliser pulls on every row must not reach the mask."""
+    model, tokenizer = load_masked_lm(), load_tokenizer()
+    batch = language_batches("fi", tokenizer, recipe.language, seed=0)[0]
+    torch.testing.assert_close(language_loss(model, batch), masked_lm_loss(model, batch))
+    language_loss(model, batch).backward()
+    rows = model.get_input_embeddings().weight.grad.abs().sum(dim=1).nonzero().flatten()
+    assert set(rows.tolist()) <= set(batch.input_ids.unique().tolist())
+    model.zero_grad()
+    masked_lm_loss(model, batch).backward()
+    tied = model.get_input_embeddings().weight.grad.abs().sum(dim=1)
+    assert int((tied > 0).sum()) > 10 * len(rows)  # the reason for all this

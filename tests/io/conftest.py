@@ -1,0 +1,106 @@
+"""Adapters to write, and a forger of hostile files whose seals (digests, checksum) are right."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from sparseft.adapter import Adapter, AdapterMetadata, dense_digest
+from sparseft.diff import SparseDiff
+from sparseft.fingerprint import Fingerprint, fingerprint_tensor
+from sparseft.io.safetensors_v1 import DTYPE_NAMES, checksum
+
+
+def make_adapter(name: str = "sw", seed: int = 0) -> Adapter:
+    """Three diffs and a head, small enough to flip every bit of the file."""
+    rng = torch.Generator().manual_seed(seed)
+    base = torch.randn(3, 5, generator=rng)
+    keep = torch.rand(3, 5, generator=rng) < 0.5
+    return Adapter(
+        {
+            "layer.0.weight": SparseDiff.from_dense(torch.randn(3, 5, generator=rng), keep),
+            "layer.0.bias": SparseDiff.from_dense(torch.tensor([0.0, -1.5, 2.0]).bfloat16()),
+            "scale": SparseDiff.from_dense(torch.tensor(0.25), mode="set"),
+        },
+        name=name,
+        dense={"head.weight": torch.randn(2, 2, generator=rng).half()},
+        metadata=AdapterMetadata(
+            base_name="org/tiny",
+            fingerprint=Fingerprint({"layer.0.weight": fingerprint_tensor("layer.0.weight", base)}),
+            method="magnitude",
+            density=0.5,
+            seed=3,
+            versions={"sparseft": "0.1.0", "torch": "2.13.0"},
+            parents=("0" * 32,),
+            extra={"languages": ["sw", "en"], "steps": 12, "note": "Kiswahili \u00e9\u4e2d"},
+        ),
+    )
+
+
+def read_header(file: Path) -> dict[str, Any]:
+    raw = file.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    return json.loads(raw[8 : 8 + length])
+
+
+Edit = Callable[[dict[str, Tensor], dict[str, Any], dict[str, str]], None]
+
+
+def _forge(file: Path, edit: Edit, *, seal: bool = True) -> Path:
+    """Rewrite ``file`` after ``edit(tensors, listing, metadata)``, with safetensors' own writer.
+
+    ``tensors``: by their names in the file; ``listing``: the parsed 'tensors' document;
+    ``metadata``: the raw strings. With ``seal``, digests and checksum are made right again, so that
+    only the checks of the contents themselves can object.
+    """
+    metadata = read_header(file)["__metadata__"]
+    tensors = load_file(file)
+    listing = json.loads(metadata["tensors"])
+    before = metadata["tensors"]
+    edit(tensors, listing, metadata)
+    if seal:
+        for name, entry in listing["diffs"].items():
+            parts = [tensors.get(f"diffs/{name}/{part}") for part in ("indices", "values")]
+            if all(p is not None for p in parts) and isinstance(entry, dict):
+                entry["digest"] = SparseDiff._trusted(
+                    *parts,
+                    [s for s in entry.get("shape", []) if isinstance(s, int)],
+                    entry.get("mode"),
+                ).digest()
+        for name, entry in listing["dense"].items():
+            if f"dense/{name}" in tensors:
+                entry["digest"] = dense_digest(tensors[f"dense/{name}"])
+    if listing != json.loads(before):
+        metadata["tensors"] = json.dumps(listing)
+    if seal and "checksum" in metadata:
+        table = {n: (DTYPE_NAMES.get(t.dtype, "U8"), tuple(t.shape)) for n, t in tensors.items()}
+        metadata["checksum"] = checksum(metadata, table)
+    save_file(tensors, file, metadata)
+    return file
+
+
+@pytest.fixture
+def adapter() -> Adapter:
+    return make_adapter()
+
+
+@pytest.fixture
+def saved(adapter: Adapter, tmp_path: Path) -> Path:
+    return adapter.save(tmp_path / "sw")
+
+
+@pytest.fixture
+def forge() -> Callable[..., Path]:
+    return _forge
+
+
+@pytest.fixture
+def header_of() -> Callable[[Path], dict[str, Any]]:
+    return read_header

@@ -1,0 +1,121 @@
+"""SIGKILL at random moments of either phase, the same command again: the same adapter (P8)."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL on this system")
+
+SCRIPT = textwrap.dedent(
+    """
+    import importlib.util, sys
+    spec = importlib.util.spec_from_file_location("_tiny", {tiny!r})
+    tiny = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tiny)
+    from sparseft.training import LoopTrainer, lottery_ticket
+
+    folder, kind = sys.argv[1:]
+    rows = tiny.Rows(40)
+
+    def make_trainer(model, phase):
+        print(phase.name, flush=True)
+        if kind == "loop":
+            return LoopTrainer(
+                model, rows, output_dir=phase.output_dir, seed=phase.seed, steps=150,
+                batch_size=4, lr=1e-3, collate=tiny.collate, save_every=5,
+            )
+        import transformers
+        arguments = transformers.TrainingArguments(
+            output_dir=str(phase.output_dir), max_steps=25, per_device_train_batch_size=4,
+            learning_rate=1e-3, save_strategy="steps", save_steps=2, save_total_limit=2,
+            report_to=[], use_cpu=True, disable_tqdm=True, seed=1,
+        )
+        return transformers.Trainer(model=model, args=arguments, train_dataset=rows)
+
+    result = lottery_ticket(
+        make_trainer,
+        tiny.plain_classifier() if kind == "loop" else tiny.tiny_classifier(),
+        nnz=700, output_dir=folder, exclude=["*norm*" if kind == "loop" else "*LayerNorm*"],
+        full_params=["classifier.*"], l1=0.01, seed=3,
+    )
+    print("finished", result.adapter.digest, flush=True)
+    """
+).format(tiny=str(Path(__file__).with_name("_tiny.py")))
+
+
+@pytest.fixture
+def command(tmp_path):
+    script = tmp_path / "run.py"
+    script.write_text(SCRIPT)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+    def start(folder: Path, kind: str) -> subprocess.Popen:
+        return subprocess.Popen(
+            [sys.executable, str(script), str(folder), kind],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+
+    return start
+
+
+def finish(process: subprocess.Popen, folder: Path) -> bytes:
+    out, error = process.communicate(timeout=300)
+    assert process.returncode == 0, error
+    assert "finished" in out
+    return (folder / "iteration-0" / "adapter-nnz-700" / "adapter.safetensors").read_bytes()
+
+
+def kill_in(process: subprocess.Popen, phase: str, delay: float) -> bool:
+    """Wait for a phase, then ``delay`` seconds, then kill; False if the run had ended by then."""
+    for line in process.stdout:
+        if line.strip() == phase or line.startswith("finished"):
+            break
+    time.sleep(delay)
+    alive = process.poll() is None
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    return alive
+
+
+@pytest.mark.parametrize(
+    ("kind", "kills"),
+    [
+        ("loop", [("dense", 0.15), ("sparse", 0.1), ("sparse", 0.2)]),
+        ("trainer", [("dense", 1.0), ("sparse", 1.0)]),
+    ],
+)
+def test_killed_at_random_moments_the_bytes_are_the_same(tmp_path, command, kind, kills):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    expected = finish(command(whole, kind), whole)
+    moments = random.Random()  # other moments each time; shown when the comparison fails
+    landed = []
+    for phase, around in kills:
+        delay = moments.uniform(0.0, 2 * around)
+        landed.append((phase, delay, kill_in(command(killed, kind), phase, delay)))
+    assert finish(command(killed, kind), killed) == expected, landed
+    assert any(alive for *_, alive in landed), "every kill came after the end"
+    assert not list(killed.rglob(".*.tmp"))
+
+
+def test_ctrl_c_leaves_a_state_that_goes_on(tmp_path, command):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    expected = finish(command(whole, "loop"), whole)
+    process = command(stopped, "loop")
+    assert process.stdout.readline().strip() == "dense"
+    time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert "KeyboardInterrupt" in error
+    assert finish(command(stopped, "loop"), stopped) == expected
