@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
+
 import pytest
 import torch
 
@@ -13,14 +16,20 @@ def seeded() -> None:
 
 @pytest.fixture
 def poisoned_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    """NaN-fill the launchers' one allocator: a kernel that misses an element cannot pass."""
+    """Fill what the launchers' one allocator returns with NaN (integers: their largest value): a
+    kernel that misses an element cannot pass.
+    """
     pytest.importorskip("triton", reason="Triton is not installed")
-    from sparseft_kernels import _launch, compose
+    import sparseft_kernels
+    from sparseft_kernels import _launch
 
     allocate = _launch.empty
 
     def poisoned(*args, **kwargs):
-        return allocate(*args, **kwargs).fill_(float("nan"))
+        out = allocate(*args, **kwargs)
+        return out.fill_(float("nan") if out.is_floating_point() else torch.iinfo(out.dtype).max)
 
-    monkeypatch.setattr(_launch, "empty", poisoned)
-    monkeypatch.setattr(compose, "empty", poisoned)
+    for found in pkgutil.iter_modules(sparseft_kernels.__path__):
+        module = importlib.import_module(f"sparseft_kernels.{found.name}")
+        if getattr(module, "empty", None) is allocate:
+            monkeypatch.setattr(module, "empty", poisoned)
