@@ -16,6 +16,7 @@ from torch import Tensor
 from sparseft.errors import AttachError
 from sparseft.modules.leaves import MaskedParameter
 from sparseft.ops import gather_entries
+from sparseft.ops.live_rows import live_rows
 from sparseft.ops.sampled_grad import embedding_grad_at, weight_grad_at
 
 __all__ = ["alias_at_mask", "conv1d_at_mask", "embedding_at_mask", "linear_at_mask"]
@@ -67,7 +68,7 @@ class _LinearAtMask(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight, indices)
         ctx.transposed, ctx.name, ctx.backend = transposed, name, backend
-        ctx.leaf_dtype = leaf.dtype
+        ctx.leaf_dtype, ctx.tokens = leaf.dtype, x.shape[0]
         ctx.bias_dtype = None if bias is None else bias.dtype
         if not transposed:
             return F.linear(x, weight, bias)
@@ -79,11 +80,16 @@ class _LinearAtMask(torch.autograd.Function):
         need_x, _, need_bias, need_leaf = ctx.needs_input_grad[:4]
         dx = db = dleaf = None
         with torch.no_grad():
+            if need_bias:
+                db = grad_output.sum(0).to(ctx.bias_dtype)
+            live = live_rows(grad_output, x)
+            if live is not None:
+                grad_output, x = grad_output[live], x[live]
             if need_x:
                 w = weight.to(grad_output.dtype)
                 dx = grad_output.mm(w.t() if ctx.transposed else w)
-            if need_bias:
-                db = grad_output.sum(0).to(ctx.bias_dtype)
+                if live is not None:
+                    dx = dx.new_zeros(ctx.tokens, dx.shape[1]).index_copy_(0, live, dx)
             if need_leaf:
                 dleaf = weight_grad_at(grad_output, x, indices, ctx.transposed, ctx.backend).to(
                     ctx.leaf_dtype

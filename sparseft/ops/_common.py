@@ -20,6 +20,7 @@ __all__ = [
     "flat_chunks",
     "operator",
     "rows_of",
+    "watched",
 ]
 
 # Entries whose indices are widened to int64 at a time: torch's scatter wants int64, and 64 Ki of
@@ -59,16 +60,24 @@ class Operator:
         self.implementation = implementation
 
     def __call__(self, *args: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return self.overload(*args)
-        record = torch.is_grad_enabled()
-        for a in args:
-            if isinstance(a, Tensor):
-                if type(a) not in _PLAIN or (record and a.requires_grad):
-                    return self.overload(*args)
-        if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
-            return self.overload(*args)
-        return self.implementation(*args)
+        return (self.overload if watched(*args) else self.implementation)(*args)
+
+
+def watched(*args: Any) -> bool:
+    """Tell whether autograd, a tracer, a tensor subclass or a function transform sees a call on
+    these.
+
+    Elsewhere an op may run its implementation directly and look at its operands' values.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    record = torch.is_grad_enabled()
+    for a in args:
+        if isinstance(a, Tensor) and (type(a) not in _PLAIN or (record and a.requires_grad)):
+            return True
+    return bool(torch._C._len_torch_dispatch_stack()) or bool(
+        torch._C._are_functorch_transforms_active()
+    )
 
 
 def accumulation_dtype(*dtypes: torch.dtype) -> torch.dtype:
