@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sparseft._text import did_you_mean
-from sparseft.errors import UnknownNameError
+from sparseft.errors import OptionError, UnknownNameError
 
 __all__ = ["Registered", "Registry"]
 
@@ -63,14 +63,14 @@ class Registry:
         """Return a decorator that registers a function and leaves it as it is.
 
         Raises:
-            ValueError: the name is taken.
+            OptionError: the name is taken.
         """
 
         def decorate(fn: Callable[..., Any]) -> Callable[..., Any]:
             known = self._entries.get(name)
             # A module that is reloaded registers the same function again.
             if known is not None and known.fn.__qualname__ != fn.__qualname__:
-                raise ValueError(
+                raise OptionError(
                     f"{self._what} {name!r} is registered already, by "
                     f"{known.fn.__module__}.{known.fn.__qualname__}; choose another name."
                 )
@@ -106,7 +106,7 @@ class Registry:
 
         Raises:
             UnknownNameError: an option it does not have; the message lists those it has.
-            ValueError: an option without a default is missing.
+            OptionError: an option without a default is missing.
         """
         entry = self.get(name)
         known, given = entry.options, list(given)
@@ -119,4 +119,8 @@ class Registry:
                 )
         for option in entry.required:
             if option not in given:
-                raise ValueError(f"{self._what} {name!r} needs {option}=...: {entry.summary}")
+                got = f"got only {', '.join(given)}" if given else "got no option"
+                raise OptionError(
+                    f"{self._what} {name!r} needs {option}=...; {got}. What it does: "
+                    f"{entry.summary}"
+                )

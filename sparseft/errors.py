@@ -17,6 +17,7 @@ __all__ = [
     "DiffError",
     "MaskError",
     "NonFiniteLossError",
+    "OptionError",
     "RecipeError",
     "ResumeError",
     "SparseFtError",
@@ -47,6 +48,10 @@ class BaseMismatchError(SparseFtError, ValueError):
 
 class CompositionError(SparseFtError, ValueError):
     """Coefficients or adapters that cannot be composed."""
+
+
+class OptionError(SparseFtError, ValueError):
+    """A registered method called without an option it needs, or registered under a taken name."""
 
 
 class AttachError(SparseFtError, RuntimeError):
