@@ -14,7 +14,7 @@ from sparseft.selection.source import Source, TensorSource
 __all__ = ["select_magnitude"]
 
 
-@register_selector("magnitude", reference="https://arxiv.org/abs/2110.07560")
+@register_selector("magnitude", reference="https://arxiv.org/abs/2110.07560", zero="did not move")
 def select_magnitude(
     candidates: Candidates, *, base: Source, tuned: Source | None = None
 ) -> Iterator[Piece]:

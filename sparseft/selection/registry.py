@@ -19,6 +19,8 @@ from typing import Any, Literal, NamedTuple, get_args
 from torch import Tensor, nn
 
 from sparseft._registry import Registered, Registry
+from sparseft._text import did_you_mean
+from sparseft.errors import OptionError
 
 __all__ = ["PIECE", "Candidates", "Kind", "Piece", "pieces_of", "register_selector", "selectors"]
 
@@ -68,7 +70,7 @@ REGISTRY = Registry("selection method")
 
 
 def register_selector(
-    name: str, *, reference: str, kind: Kind = "scores"
+    name: str, *, reference: str, kind: Kind = "scores", zero: str = "have score 0"
 ) -> Callable[[Callable[..., Any]], Any]:
     """Register a selection method under ``name``; its keyword-only parameters are its options.
 
@@ -76,6 +78,7 @@ def register_selector(
         name: what users pass as ``method``.
         reference: address of the paper or page it comes from.
         kind: "scores", "either" or "patterns" (see the module's description).
+        zero: what a score of exactly 0 says of entries, for the warning when some are kept.
 
     Example:
         >>> from sparseft.selection import Piece, register_selector
@@ -86,8 +89,11 @@ def register_selector(
         >>> from sparseft.selection.registry import REGISTRY; REGISTRY.unregister("weight_size")
     """
     if kind not in get_args(Kind):
-        raise ValueError(f"kind={kind!r} is not one of {', '.join(map(repr, get_args(Kind)))}.")
-    return REGISTRY.register(name, reference=reference, kind=kind)
+        raise OptionError(
+            f"kind={kind!r} is not one of {', '.join(map(repr, get_args(Kind)))}."
+            f"{did_you_mean(str(kind), get_args(Kind))}"
+        )
+    return REGISTRY.register(name, reference=reference, kind=kind, zero=zero)
 
 
 def selectors() -> dict[str, Registered]:

@@ -23,7 +23,7 @@ Scope = Literal["global", "tensor", "row"]
 
 def keep_best(
     pieces: Iterable[Piece], parameters: Mapping[str, nn.Parameter], nnz: int, scope: Scope
-) -> dict[str, SparsePattern]:
+) -> tuple[dict[str, SparsePattern], int]:
     """Return the ``nnz`` entries with the largest scores, exactly; ties to the earliest.
 
     Args:
@@ -33,6 +33,9 @@ def keep_best(
         scope: "global": the best of all. "tensor": each tensor keeps its share by size (largest
             remainders). "row": each tensor's share is spread evenly over its rows (what lies
             behind one index of dim 0), the first rows keep the units left over.
+
+    Returns:
+        The patterns, and how many of their entries have score 0: kept only to fill the count.
 
     Raises:
         MaskError: NaN or negative scores, naming the tensor; pieces out of order.
@@ -49,10 +52,11 @@ def keep_best(
     for name, shape, tensor_pieces in by_tensor(pieces, shapes):
         chosen[name] = keeper.tensor(name, shape, tensor_pieces)
     keeper.finish(chosen)
-    return {
+    patterns = {
         name: _pattern(chosen[name], shape, parameters[name].device)
         for name, shape in shapes.items()
     }
+    return patterns, keeper.zeros
 
 
 def keep_true(
@@ -149,7 +153,12 @@ def _add(top: StreamingTopK, key: str, name: str, start: int, scores: Tensor) ->
 
 
 class _Keeper(ABC):
-    """Consumes the scores of one tensor after another."""
+    """Consumes the scores of one tensor after another.
+
+    ``zeros``: of the entries kept, how many have score 0; known at the end.
+    """
+
+    zeros: int = 0
 
     @abstractmethod
     def tensor(
@@ -167,6 +176,7 @@ class _Global(_Keeper):
 
     def __init__(self, nnz: int) -> None:
         self._top = StreamingTopK(nnz)
+        self._room = nnz  # entries that no score above 0 has come for yet
         self._origin: dict[str, tuple[str, int]] = {}
 
     def tensor(
@@ -176,6 +186,8 @@ class _Global(_Keeper):
             key = str(len(self._origin))
             _add(self._top, key, name, start, scores)
             self._origin[key] = (name, start)
+            if self._room:
+                self._room -= min(self._room, int(scores.count_nonzero()))
         return []
 
     def finish(self, chosen: dict[str, list[Tensor]]) -> None:
@@ -183,6 +195,7 @@ class _Global(_Keeper):
             name, start = self._origin[key]
             if pattern.nnz:
                 chosen[name].append(pattern.indices.to(torch.int64) + start)
+        self.zeros = self._room
 
 
 class _PerTensor(_Keeper):
@@ -196,6 +209,7 @@ class _PerTensor(_Keeper):
         one.tensor(name, shape, pieces)
         chosen: dict[str, list[Tensor]] = {name: []}
         one.finish(chosen)
+        self.zeros += one.zeros
         return chosen[name]
 
 
@@ -210,7 +224,10 @@ class _PerRow(_Keeper):
     ) -> list[Tensor]:
         rows = rows_of(shape)
         if rows <= 1:
-            return _PerTensor(self._counts).tensor(name, shape, pieces)
+            whole = _PerTensor(self._counts)
+            kept = whole.tensor(name, shape, pieces)
+            self.zeros += whole.zeros
+            return kept
         width = math.prod(shape) // rows
         each, more = spread(self._counts[name], rows)
         chosen: list[Tensor] = []
@@ -234,5 +251,7 @@ class _PerRow(_Keeper):
                         _check(name, (row + first) * width, table[first:last].reshape(-1))
                         raise
                     chosen.append(best.indices.to(torch.int64) + (row + first) * width)
+                    above = table[first:last].count_nonzero(dim=1)
+                    self.zeros += int((count - above).clamp_(min=0).sum())
             row += full
         return chosen

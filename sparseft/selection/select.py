@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from torch import nn
@@ -97,6 +97,10 @@ def select(
             fit.
         UnknownNameError: an unknown method, option, or a pattern that matches nothing; the message
             has the nearest names.
+        OptionError: an option that the method needs is missing.
+        TypeError: a method that is no name.
+
+    A warning is logged when entries of score 0 had to be kept, as fewer moved than were asked for.
 
     Example:
         >>> import copy, torch, sparseft
@@ -107,6 +111,8 @@ def select(
         >>> sparseft.select(tuned, nnz=2, base=base)["weight"].indices.tolist()
         [1, 2]
     """
+    if not isinstance(method, str):
+        raise TypeError(_not_a_name(method))
     entry = REGISTRY.get(method)
     for what, value, kind in (
         ("scope", scope, Scope),
@@ -139,13 +145,43 @@ def select(
     elif count is None:
         masks = keep_true(chosen, candidates.parameters)
     else:
-        masks = keep_best(chosen, candidates.parameters, count, scope)
+        masks, zeros = keep_best(chosen, candidates.parameters, count, scope)
+        if zeros:
+            fix = f"ask for nnz={count - zeros} or fewer" if scope == "global" else "scope='global'"
+            logger.warning(
+                "%s entries were asked for, but %r finds only %s with a score above 0 (scope %s): "
+                "the other %s kept %s and are just the first by name and position. Fix: %s, or "
+                "exclude=[...] what training does not reach.",
+                f"{count:,}", method, f"{count - zeros:,}", scope, f"{zeros:,}",
+                entry.traits["zero"], fix,
+            )  # fmt: skip
     result = Masks(masks)
     logger.info(
         "selected %s of %s entries (density %.4g) in %d tensors by %s, scope %s",
         f"{result.nnz:,}", f"{result.numel:,}", result.density, len(result), method, scope,
     )  # fmt: skip
     return result
+
+
+def _not_a_name(method: object) -> str:
+    """Say what to write instead of a method that is a function, a model, tensors."""
+    names = ", ".join(map(repr, REGISTRY.names()))
+    for name in REGISTRY.names():
+        if REGISTRY.get(name).fn is method:
+            return f"method is the function of {name!r}, wanted the name: method={name!r}."
+    if isinstance(method, nn.Module | Mapping):
+        fix = "The tensors before training go by keyword: base=..."
+    elif callable(method):
+        own = getattr(method, "__name__", "fn")
+        own = own if own.isidentifier() else "fn"
+        fix = (
+            "Your own scores or bool masks go through the method 'function': "
+            f"select(model, 'function', fn={own}, nnz=...), where {own}(name, parameter) returns "
+            "a tensor of the parameter's shape."
+        )
+    else:
+        fix = "Leave it out for 'magnitude'."
+    return f"method is {type(method).__name__}, wanted a name: {names}. {fix}"
 
 
 def _checked(

@@ -20,6 +20,21 @@ __all__ = ["Checkpoint", "Source", "TensorSource"]
 Source = nn.Module | Mapping[str, Tensor] | str | os.PathLike[str]
 
 _INDEX = "model.safetensors.index.json"
+_PICKLES = (".pt", ".pth", ".bin", ".ckpt")  # what torch.save is mostly called
+
+
+def _pickle_hint(file: Path, what: str) -> str:
+    """Return how to hand over the tensors of a file of ``torch.save``, "" if it is not like one."""
+    with file.open("rb") as start:
+        magic = start.read(4)
+    # A zip archive since torch 1.6, a pickle before.
+    if magic != b"PK\x03\x04" and magic[:1] != b"\x80" and file.suffix not in _PICKLES:
+        return ""
+    given = f"{what}=torch.load" if what else "torch.load"
+    return (
+        f" {file.name} looks like a file of torch.save, which is not opened by its path, as "
+        f"unpickling can run code. Give the tensors: {given}({str(file)!r}, weights_only=True)."
+    )
 
 
 class Checkpoint(Mapping[str, Tensor]):
@@ -27,14 +42,17 @@ class Checkpoint(Mapping[str, Tensor]):
 
     Args:
         path: the file, or a folder with ``model.safetensors`` or its index of shards.
+        what: what it is for, in messages, e.g. ``"base"``.
 
     Raises:
         FileNotFoundError: nothing there.
         MaskError: not safetensors.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], what: str = "") -> None:
         self.path = Path(path)
+        self._what = what
+        self._said = f"{what}: " if what else ""
         files = self._files()
         self._open: dict[Path, Any] = {}
         self._home: dict[str, Path] = {}
@@ -47,7 +65,8 @@ class Checkpoint(Mapping[str, Tensor]):
             return [self.path]
         if not self.path.is_dir():
             raise FileNotFoundError(
-                f"no checkpoint at {self.path}: the path does not exist. Wanted a .safetensors "
+                f"{self._said}no checkpoint at {self.path}: the path does not exist. Wanted a "
+                ".safetensors "
                 "file or a folder written by save_pretrained."
             )
         if (self.path / _INDEX).is_file():
@@ -57,9 +76,13 @@ class Checkpoint(Mapping[str, Tensor]):
         if (self.path / "model.safetensors") in files:
             files = [self.path / "model.safetensors"]
         if len(files) != 1:
+            pickles = sorted(f for f in self.path.iterdir() if f.suffix in _PICKLES)
+            hint = " Name the file itself."
+            if pickles and not files:
+                hint = _pickle_hint(pickles[0], self._what)
             raise FileNotFoundError(
-                f"folder {self.path} holds {len(files)} .safetensors files and no {_INDEX}; wanted "
-                "model.safetensors. Name the file itself."
+                f"{self._said}folder {self.path} holds {len(files)} .safetensors files and no "
+                f"{_INDEX}; wanted model.safetensors.{hint}"
             )
         return files
 
@@ -70,7 +93,10 @@ class Checkpoint(Mapping[str, Tensor]):
             try:
                 self._open[file] = safe_open(str(file), framework="pt", device="cpu")
             except SafetensorError as bad:
-                raise MaskError(f"{file} is no safetensors file, or damaged: {bad}.") from bad
+                raise MaskError(
+                    f"{self._said}{file} is no safetensors file, or damaged: {bad}."
+                    f"{_pickle_hint(file, self._what)}"
+                ) from bad
         return self._open[file]
 
     def __getitem__(self, name: str) -> Tensor:
@@ -109,13 +135,20 @@ class TensorSource:
             self._tensors = source
             self._names = {canonical_name(n): n for n in source} | {n: n for n in source}
         elif isinstance(source, str | os.PathLike):
-            self._tensors = Checkpoint(source)
+            self._tensors = Checkpoint(source, what)
             self._names = {n: n for n in self._tensors}
         else:
             raise TypeError(
                 f"{what} is {type(source).__name__}, wanted a model, a mapping from name to "
                 "tensor, or the path of a checkpoint."
             )
+
+    def _nested(self) -> str:
+        """Say where the tensors may lie if this is a training checkpoint with a state dict in."""
+        if isinstance(self._tensors, Checkpoint):
+            return ""
+        inner = next((n for n, t in self._tensors.items() if isinstance(t, Mapping)), None)
+        return "" if inner is None else f" {self.what}[{inner!r}] is a mapping itself: give that."
 
     def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """Return the tensor of a parameter, detached.
@@ -129,10 +162,16 @@ class TensorSource:
         if found is None:
             raise MaskError(
                 f"{self.what} has no tensor for parameter {name!r}."
-                f"{did_you_mean(name, self._names)} Leave the parameter out with exclude=[...], or "
-                "give the whole base."
+                f"{did_you_mean(name, self._names)}{self._nested()} "
+                "Leave the parameter out with exclude=[...], or give the whole base."
             )
-        tensor = self._tensors[self._names[found]].detach()
+        tensor = self._tensors[self._names[found]]
+        if not isinstance(tensor, Tensor):
+            raise TypeError(
+                f"{self.what}[{self._names[found]!r}] is {type(tensor).__name__}, wanted a tensor. "
+                "A checkpoint on disk is given by its path alone."
+            )
+        tensor = tensor.detach()
         if tuple(tensor.shape) != tuple(shape):
             raise MaskError(
                 f"{self.what} has shape {tuple(tensor.shape)} for {name!r} but the model has "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 
 import pytest
 import torch
@@ -11,8 +12,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from sparseft import Adapter, SparseDiff, attach, select
-from sparseft.errors import AdapterFormatError, MaskError, UnknownNameError
-from sparseft.selection import Checkpoint, Masks
+from sparseft.errors import AdapterFormatError, MaskError, OptionError, UnknownNameError
+from sparseft.selection import Checkpoint, Masks, register_selector, select_random
 from sparseft.selection.random import _splitmix64
 
 NUMEL = 116
@@ -151,8 +152,14 @@ class TestMagnitude:
             select(tuned, nnz=3, base={n: t for n, t in state.items() if n != "cube"})
         with pytest.raises(MaskError, match=r"\(3, 9\) for 'cube' but the model has \(3, 2, 4\)"):
             select(tuned, nnz=3, base={**state, "cube": torch.zeros(3, 9)})
-        with pytest.raises(ValueError, match=r"'magnitude' needs base="):
+        with pytest.raises(OptionError, match=r"'magnitude' needs base=\.\.\.; got no option"):
             select(tuned, nnz=3)
+        with pytest.raises(OptionError, match=r"'magnitude' needs base=\.\.\.; got only tuned"):
+            select(tuned, nnz=3, tuned=base)
+        with pytest.raises(UnknownNameError, match="no option 'bse'.*Did you mean 'base'"):
+            select(tuned, nnz=3, bse=base)
+        with pytest.raises(TypeError, match=r"base\['cube'\] is str, wanted a tensor.*its path"):
+            select(tuned, nnz=3, base=dict.fromkeys(state, "x.pt"))
         with pytest.raises(TypeError, match="base is int"):
             select(tuned, nnz=3, base=3)
         with pytest.raises(FileNotFoundError, match="no checkpoint at"):
@@ -162,6 +169,21 @@ class TestMagnitude:
         (tmp_path / "x.safetensors").write_bytes(b"not safetensors at all")
         with pytest.raises(MaskError, match=r"x.safetensors is no safetensors file"):
             select(tuned, nnz=3, base=tmp_path / "x.safetensors")
+
+    def test_base_written_by_torch_save(self, pair, tmp_path):
+        """Not opened by its path; the message has the call that gives its tensors."""
+        base, tuned = pair()
+        path = tmp_path / "pytorch_model.bin"
+        torch.save(base.state_dict(), path)
+        for source in (path, tmp_path):
+            with pytest.raises((MaskError, FileNotFoundError), match="base.*torch.save") as caught:
+                select(tuned, nnz=3, base=source)
+            assert f"base=torch.load({str(path)!r}, weights_only=True)" in str(caught.value)
+        wanted = select(tuned, nnz=3, base=base)
+        assert select(tuned, nnz=3, base=torch.load(path, weights_only=True)).equals(wanted)
+        inside = {"step": 3, "model": base.state_dict()}
+        with pytest.raises(MaskError, match=r"base\['model'\] is a mapping itself: give that"):
+            select(tuned, nnz=3, base=inside)
 
     @pytest.mark.parametrize("scope", ["global", "tensor", "row"])
     def test_nan_is_named(self, pair, scope):
@@ -176,6 +198,40 @@ class TestMagnitude:
         with torch.no_grad():
             tuned.vector[3] = float("inf")
         assert select(tuned, nnz=1, base=base)["vector"].indices.tolist() == [3]
+
+    @pytest.mark.parametrize(
+        ("scope", "fix"),
+        [("global", "nnz=9 or fewer"), ("tensor", "scope='global'"), ("row", "scope='global'")],
+    )
+    def test_fewer_moved_than_asked_for(self, scope, fix, caplog):
+        """The count stays exact; both numbers are said."""
+        base = {"a": torch.zeros(4, 3), "b": torch.zeros(4)}
+        tuned = {"a": torch.zeros(4, 3), "b": torch.ones(4)}
+        tuned["a"][0, :] = 1.0
+        tuned["a"][1, :2] = 1.0  # 5 of a's 12 entries moved, in 2 of its rows, and all 4 of b's
+        model = nn.ParameterDict({n: nn.Parameter(t) for n, t in tuned.items()})
+        with caplog.at_level(logging.WARNING):
+            assert select(model, nnz=9, scope=scope, base=base).nnz == 9
+            assert not caplog.records or scope != "global"
+            caplog.clear()
+            nnz = 11 if scope == "global" else 8  # a's share of 8 is 6, b's is 2
+            masks = select(model, nnz=nnz, scope=scope, base=base)
+        assert masks.nnz == nnz
+        unmoved = sum(int((p.to_mask() & (tuned[n] == 0)).sum()) for n, p in masks.items())
+        [said] = [r.getMessage() for r in caplog.records]
+        assert f"{nnz} entries were asked for" in said
+        assert f"only {nnz - unmoved} with a score above 0" in said
+        assert f"the other {unmoved} kept did not move" in said
+        assert fix in said
+
+    def test_no_warning_while_enough_moved(self, pair, caplog):
+        base, tuned = pair(ties=False)
+        with caplog.at_level(logging.WARNING):
+            for scope in ("global", "tensor", "row"):
+                select(tuned, nnz=40, scope=scope, base=base)
+            select(tuned, nnz=0, base=copy.deepcopy(tuned))
+            select(tuned, "random", nnz=NUMEL)
+        assert not caplog.records
 
     def test_nothing_moved(self, pair):
         """As few entries as asked for, though all scores are 0 (a threshold would keep all)."""
@@ -269,7 +325,7 @@ class TestFunction:
 
     def test_refusals(self, pair):
         _, tuned = pair()
-        with pytest.raises(ValueError, match=r"'function' needs fn="):
+        with pytest.raises(OptionError, match=r"'function' needs fn="):
             select(tuned, "function", nnz=2)
         with pytest.raises(MaskError, match=r"'cube' has scores.*nnz=... or density=..."):
             select(tuned, "function", fn=lambda n, p: p.abs())
@@ -283,6 +339,36 @@ class TestFunction:
             select(tuned, "function", nnz=2, fn=lambda n, p: p.mul_(2).abs())
         with pytest.raises(UnknownNameError, match="no option 'path'; it has fn"):
             select(tuned, "function", nnz=2, fn=lambda n, p: p.abs(), path="x")
+
+
+class TestMethodThatIsNoName:
+    def test_a_function_is_told_its_place(self, pair):
+        _, tuned = pair()
+
+        def size(name, parameter):
+            return parameter.abs()
+
+        with pytest.raises(TypeError, match=r"method is function, wanted a name.*'random'") as bad:
+            select(tuned, size, nnz=5)
+        assert "select(model, 'function', fn=size, nnz=...)" in str(bad.value)
+        assert "size(name, parameter) returns a tensor" in str(bad.value)
+        assert select(tuned, "function", fn=size, nnz=5).nnz == 5
+        with pytest.raises(TypeError, match=r"fn=fn, nnz"):
+            select(tuned, lambda name, parameter: parameter.abs(), nnz=5)
+
+    def test_a_registered_function_is_told_its_name(self, pair):
+        with pytest.raises(TypeError, match=r"function of 'random', wanted .* method='random'"):
+            select(pair()[1], select_random, nnz=5)
+
+    def test_a_base_in_its_place(self, pair):
+        base, tuned = pair()
+        for wrong, kind in ((base, "Odd"), (dict(base.state_dict()), "dict")):
+            with pytest.raises(TypeError, match=f"method is {kind}, .* base=\\.\\.\\."):
+                select(tuned, wrong, nnz=5)
+
+    def test_a_kind_that_does_not_exist(self):
+        with pytest.raises(OptionError, match="kind='score'.*Did you mean 'scores'"):
+            register_selector("x", reference="https://example.org", kind="score")
 
 
 class TestFiles:
