@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from typing import Any
 
@@ -11,7 +12,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["INTERPRETING", "as_bits", "empty", "launch", "round_to", "triton_dtype"]
+from sparseft_kernels._configs import Target
+
+__all__ = [
+    "INTERPRETING",
+    "as_bits",
+    "device_guard",
+    "empty",
+    "launch",
+    "round_to",
+    "target_of",
+    "triton_dtype",
+]
 
 # `@triton.jit` reads the variable when it decorates, so a process either interprets or compiles.
 INTERPRETING = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
@@ -25,12 +37,12 @@ _TRITON = {
 }
 
 
-def empty(size: int, like: Tensor) -> Tensor:
-    """Allocate an uninitialised vector in the dtype and on the device of ``like``.
+def empty(size: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Allocate an uninitialised vector on the device of ``like``, in its dtype unless told.
 
     The only allocation a launcher makes, so that tests can poison it.
     """
-    return torch.empty(size, dtype=like.dtype, device=like.device)
+    return torch.empty(size, dtype=dtype or like.dtype, device=like.device)
 
 
 def as_bits(x: Tensor) -> Tensor:
@@ -41,6 +53,24 @@ def as_bits(x: Tensor) -> Tensor:
 def triton_dtype(dtype: torch.dtype) -> tl.dtype:
     """Return Triton's name for a floating dtype."""
     return _TRITON[dtype]
+
+
+def device_guard(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Make ``device`` current while a kernel is launched; nothing on a CPU (the interpreter)."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+@functools.cache
+def target_of(device: torch.device) -> Target:
+    """Return what tile tables need to know of a device; asked of the driver once.
+
+    The interpreter gets the tables of an H200, so that tests run the code that GPUs run.
+    """
+    if device.type != "cuda":
+        return Target("cuda", (9, 0), 132)
+    found = torch.cuda.get_device_properties(device)
+    kind = "hip" if torch.version.hip else "cuda"
+    return Target(kind, (found.major, found.minor), found.multi_processor_count)
 
 
 def launch(
@@ -58,8 +88,7 @@ def launch(
     """
     if entries == 0:
         return
-    guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-    with guard:
+    with device_guard(device):
         kernel[(triton.cdiv(entries, block),)](
             *args, entries, BLOCK=block, num_warps=num_warps, enable_fp_fusion=False, **meta
         )
