@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-__all__ = ["ENTRYWISE", "TOPK", "Config", "TopkConfig"]
+__all__ = ["ENTRYWISE", "TOPK", "Config", "Target", "TopkConfig"]
+
+
+class Target(NamedTuple):
+    """A device, as far as the tables tell devices apart."""
+
+    kind: str  # "cuda" or "hip"
+    capability: tuple[int, int]
+    processors: int
 
 
 class Config(NamedTuple):
