@@ -14,7 +14,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("width", [1, 7, 8, 9, 40])
+@pytest.mark.parametrize("width", [1, 2, 8, 9, 40])
 def test_finds_the_rows_that_are_not_zero(dtype, width):
     dy = torch.zeros(12, width, dtype=dtype)
     dy[3, width - 1] = 1e-7 if dtype == torch.float16 else 1e-30
@@ -36,7 +36,7 @@ def test_few_zero_rows_are_left_alone(zeros):
 
 def test_zero_only_in_the_columns_looked_at_first():
     dy = torch.ones(16, 20)
-    dy[:, :8] = 0
+    dy[:, :8] = 0  # where a first look may go
     assert live_rows(dy, torch.ones(16, 2)) is None
 
 
