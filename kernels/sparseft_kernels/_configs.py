@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-__all__ = ["ENTRYWISE", "TOPK", "Config", "Target", "TopkConfig"]
+__all__ = ["ENTRYWISE", "OPTIMIZER", "TOPK", "Config", "Target", "TopkConfig"]
 
 
 class Target(NamedTuple):
@@ -27,6 +27,10 @@ class Config(NamedTuple):
 # fewer on sm_80 to sm_100, so occupancy is full. (Ahead-of-time figures; nothing here was tuned on
 # a GPU yet.)
 ENTRYWISE = Config(block=1024, num_warps=4)
+
+# A block serves one tensor, and a tensor of a few thousand entries should not waste half of one.
+# Eight entries a thread are two 16-byte loads per fp32 vector, seven vectors in flight.
+OPTIMIZER = Config(block=1024, num_warps=4)
 
 
 class TopkConfig(NamedTuple):
