@@ -4,7 +4,26 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-__all__ = ["ENTRYWISE", "OPTIMIZER", "TOPK", "Config", "Target", "TopkConfig"]
+__all__ = [
+    "DOTS",
+    "EMBEDDING_ROWS",
+    "ENTRYWISE",
+    "GROUP",
+    "OPTIMIZER",
+    "PLACE_SHIFT",
+    "TILE",
+    "TOPK",
+    "TRANSPOSE",
+    "Config",
+    "DotsConfig",
+    "RowsConfig",
+    "SampledPlan",
+    "Target",
+    "TileConfig",
+    "TopkConfig",
+    "plan_sampled_grad",
+    "tile_configs",
+]
 
 
 class Target(NamedTuple):
@@ -47,3 +66,144 @@ class TopkConfig(NamedTuple):
 # so uneven ones even out, and their tables stay near 3 MiB. With 512 Ki samples the guess of 1 % is
 # off by 1.4 % (one standard deviation), of 0.01 % by 14 %. (Reckoned, not tuned: no GPU yet.)
 TOPK = TopkConfig(block=2048, num_warps=8, spans=1 << 15, sample=1 << 19, spare=1 << 18)
+
+
+# ---- sampled weight gradient
+
+
+class TileConfig(NamedTuple):
+    """A tile of dW: its sides, tokens per step, warps, pipeline stages.
+
+    ``resident`` programs share a processor; ``rate`` is the multiply-adds per ns of the whole
+    processor that the cost rule reckons with.
+    """
+
+    block_m: int
+    block_n: int
+    block_t: int
+    num_warps: int
+    num_stages: int
+    resident: int
+    rate: float
+
+
+class DotsConfig(NamedTuple):
+    """Entries per program and tokens per step; bytes of the two transposed slabs together."""
+
+    entries: int
+    block_t: int
+    num_warps: int
+    slab_bytes: int
+
+
+class RowsConfig(NamedTuple):
+    """Positions of a token and masked entries of its row looked at together."""
+
+    positions: int
+    entries: int
+    num_warps: int
+
+
+class SampledPlan(NamedTuple):
+    """Tiles by ``config`` with the tokens in ``split`` parts; dots where ``config`` is None."""
+
+    config: TileConfig | None
+    split: int
+
+
+# Masks are ordered by 128x128 tiles of the weight; a program takes one, or two side by side.
+TILE = 128
+# Programs are ordered in groups of 8 rows of tiles, so that those in flight share operands in L2.
+GROUP = 8
+# An entry's code is place << 14 | r * 128 + c. In 32 bits that leaves 2**18 entries to 128 rows.
+PLACE_SHIFT = 14
+
+# The gather's buffer is the fp32 tile, 64 or 128 KiB, over the pipeline's dead stages. AMD has 64
+# KiB in all: 128x128. sm_90 and sm_100 hold 128x256 in 196 registers or fewer without spills; sm_80
+# spills there. Two programs of 128x128 a processor overlap one's gather with the other's products.
+# 'ieee' fp32 has no tensor-core form on NVIDIA. (Compile-time figures. The rates are rooflines of
+# an H200, 600 TF bf16, 45 TF fp32 on 132 processors, and serve only for ratios: nothing here was
+# measured on a GPU.)
+_HALF, _TF32, _IEEE = 2270.0, 600.0, 170.0
+_TILE_TABLE: dict[tuple[str, str], tuple[TileConfig, ...]] = {
+    ("hopper", "half"): (
+        TileConfig(128, 256, 64, 8, 3, 1, _HALF),
+        TileConfig(128, 128, 64, 8, 3, 2, 0.9 * _HALF),
+    ),
+    ("hopper", "tf32"): (TileConfig(128, 128, 32, 8, 3, 2, _TF32),),
+    ("hopper", "ieee"): (TileConfig(128, 128, 16, 8, 2, 2, _IEEE),),
+    ("ampere", "half"): (TileConfig(128, 128, 32, 8, 4, 2, _HALF),),
+    ("ampere", "tf32"): (TileConfig(128, 128, 32, 8, 2, 2, _TF32),),
+    ("ampere", "ieee"): (TileConfig(128, 128, 16, 8, 2, 2, _IEEE),),
+    ("hip", "half"): (TileConfig(128, 128, 32, 8, 2, 1, _HALF),),
+    ("hip", "ieee"): (TileConfig(128, 128, 16, 8, 2, 1, _TF32),),
+}
+
+# 16 entries x 256 tokens of fp32 sums are 32 registers a thread. Both slabs together leave L2 (50
+# MiB on an H200) room for the entries.
+DOTS = DotsConfig(entries=16, block_t=256, num_warps=4, slab_bytes=30 << 20)
+# 64x64 through shared memory: both sides move whole 128-byte lines.
+TRANSPOSE = Config(block=64, num_warps=4)
+# 16 rows in flight a thread. A token of 4096 positions is then 256 steps of one program.
+EMBEDDING_ROWS = RowsConfig(positions=16, entries=128, num_warps=4)
+
+# Bytes per ns the rule reckons with: L2 reads of the dots, copies through DRAM, vectors of parts.
+_L2, _COPY, _DRAM = 5500.0, 3500.0, 4300.0
+# Filling a program's pipeline and emptying its tile: 0.6 us of shared memory and a few latencies.
+_PROGRAM_NS = 1500.0
+# A part should outlast its epilogue, and the vectors of all parts together should stay small.
+_LEAST_SLAB = 1024
+_MOST_PARTS = 16
+_PARTS_BYTES = 16 << 20
+
+
+def tile_configs(target: Target, precision: str) -> tuple[TileConfig, ...]:
+    """Return the rows of the table for a device; ``precision`` is "half", "tf32" or "ieee"."""
+    if target.kind == "hip":
+        # no tf32 there; its matrix cores take fp32 as it is
+        return _TILE_TABLE["hip", "ieee" if precision == "tf32" else precision]
+    # sm_9x and sm_10x have 228 KiB of shared memory; sm_12x has the 100 KiB of sm_86.
+    arch = "hopper" if target.capability[0] in (9, 10) else "ampere"
+    return _TILE_TABLE[arch, precision]
+
+
+def plan_sampled_grad(
+    tokens: int,
+    shape: tuple[int, int],
+    nnz: int,
+    programs: dict[int, int],
+    itemsize: int,
+    precision: str,
+    target: Target,
+) -> SampledPlan:
+    """Choose tiles or dots, the tile and the split, by the cheapest reckoned time.
+
+    Args:
+        tokens: T.
+        shape: of the weight, rows and columns.
+        nnz: entries of the mask.
+        programs: non-empty program tiles, by their width in tiles (1 or 2).
+        itemsize: bytes per element of the operands.
+        precision: "half", "tf32" or "ieee".
+        target: the device.
+
+    On 4096x4096 bf16 dots win below 0.38 % by these rates, on 768x768 below 0.05 %.
+    """
+    best, chosen = float("inf"), SampledPlan(None, 1)
+    for config in tile_configs(target, precision):
+        work = programs[config.block_n // TILE]
+        slots = target.processors * config.resident
+        rate = config.rate / config.resident
+        most = min(tokens // _LEAST_SLAB, _MOST_PARTS, _PARTS_BYTES // (4 * nnz))
+        for split in range(1, max(most, 1) + 1):
+            waves = -(-work * split // slots)
+            steps = -(-tokens // (split * config.block_t))
+            tile = steps * config.block_m * config.block_n * config.block_t / rate
+            time = waves * (tile + _PROGRAM_NS)
+            if split > 1:
+                time += 8 * split * nnz / _DRAM
+            if time < best:
+                best, chosen = time, SampledPlan(config, split)
+    rows = -(-tokens // DOTS.block_t) * DOTS.block_t
+    dots = 2 * itemsize * rows * (nnz / _L2 + sum(shape) / _COPY)
+    return SampledPlan(None, 1) if dots < best else chosen
