@@ -59,6 +59,12 @@ class Composer:
 
     Not safe to use from several threads at once. Applies and attaches on one parameter form a
     stack: whoever changed it last undoes first, others get `StackOrderError`.
+
+    The weights themselves must not be trained while adapters are applied: a revert would undo the
+    steps at the adapters' entries and keep them everywhere else. Evenly spaced entries of each
+    parameter (4,096 at most) are compared before every apply, switch and revert, so a dense
+    optimizer step is refused there, by `StackOrderError`, with the model left as it is; a change of
+    a few entries may pass. Train with `attach`, whose change is taken off before.
     """
 
     def __init__(

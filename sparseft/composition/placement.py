@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from sparseft.composition.linear import compose_linear
 from sparseft.composition.plan import TensorPlan
 from sparseft.composition.registry import Term
-from sparseft.errors import CompositionError
+from sparseft.composition.witness import Witness
+from sparseft.errors import CompositionError, StackOrderError
 from sparseft.modules import Holder
 from sparseft.modules.storage_stack import holders, pop, push, require_top
 from sparseft.ops import gather_entries, sum_entries, write_entries_, write_sum_
@@ -67,6 +68,7 @@ class _Place:
     parameter: nn.Parameter
     holder: Holder
     plan: TensorPlan | None  # None: replaced whole
+    written: Witness | None = None  # None: not yet
 
 
 @contextmanager
@@ -97,7 +99,7 @@ class Placement:
         """Check that nobody changed any of our parameters since.
 
         Raises:
-            StackOrderError: somebody did; the message names them.
+            StackOrderError: somebody did; the message names them if they are on the stack.
             CompositionError: the model was cast meanwhile, so the saved bits do not fit it.
         """
         for name, place in self._places.items():
@@ -107,6 +109,15 @@ class Placement:
                 raise CompositionError(
                     f"cannot {action} {name!r}: it was {then} when {place.holder.label} was "
                     f"applied and is {now} now. Cast the model back, or revert before casting."
+                )
+            if place.written is not None and not place.written.agrees(place.parameter):
+                raise StackOrderError(
+                    f"cannot {action} {name!r}: its values were changed (an optimizer step, "
+                    f"load_state_dict, a cast and back) while {place.holder.label} lay on it. "
+                    "Putting the base back would undo that at the adapters' entries and keep it "
+                    "everywhere else. Revert before changing the weights, or train with "
+                    "sparseft.attach, which takes its change off again; save what is there now "
+                    "with state_dict(), and load the base again."
                 )
 
     @torch.no_grad()
@@ -150,6 +161,7 @@ class Placement:
         )
         if total is None:
             write_entries_(weight, indices, base.to(weight.dtype))
+            place.written = Witness.of(weight, indices)
             return
         written = total
         if weight.dtype == torch.float16:  # the one dtype with a range much below the sum's
@@ -161,6 +173,7 @@ class Placement:
                 f"coefficients {dict(composition.coeffs)}; nothing was applied. Use smaller ones."
             )
         write_sum_(weight, indices, base, total)
+        place.written = Witness.of(weight, indices)
 
     def _take_off(self, name: str, before: Composition, undo: list[Callable[[], None]]) -> None:
         place = self._places[name]
@@ -206,8 +219,10 @@ class Placement:
     ) -> None:
         saved = parameter.detach().clone()
         holder = Holder(target.label, None, saved, target.parents([ordinal]))
-        self._hold(name, _Place(parameter, holder, None), undo)
+        place = _Place(parameter, holder, None)
+        self._hold(name, place, undo)
         parameter.detach().copy_(tensor)
+        place.written = Witness.of(parameter, None)
 
     def _hold(self, name: str, place: _Place, undo: list[Callable[[], None]]) -> None:
         def let_go() -> None:

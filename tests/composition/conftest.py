@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sparseft import Composer
 from sparseft.adapter import Adapter, AdapterMetadata
 from sparseft.diff import SparseDiff, SparsePattern
 from sparseft.modules import ParameterIndex, fingerprint_model
@@ -78,6 +79,16 @@ def make_adapter() -> Callable[..., Adapter]:
         return Adapter(diffs, name=name or f"a{seed}", dense=heads, metadata=metadata)
 
     return make
+
+
+@pytest.fixture
+def model(make_model):
+    return make_model()
+
+
+@pytest.fixture
+def composer(model, make_adapter):
+    return Composer(model, {n: make_adapter(model, i) for i, n in enumerate(("sw", "qu", "nli"))})
 
 
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
