@@ -7,7 +7,6 @@ again. They are pure data: nothing here knows about modules, files or adapters.
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from sparseft._integrity import bits_equal, find_value_fault, hash_tensor
 from sparseft.errors import DiffError, MaskError
-from sparseft.pattern import SparsePattern, as_size, check_indices, index_dtype_for
+from sparseft.pattern import Entries, SparsePattern, as_size, check_indices, index_dtype_for
 
 __all__ = [
     "VALUE_DTYPES",
@@ -38,7 +37,7 @@ VALUE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclass(frozen=True, eq=False)
-class SparseDiff:
+class SparseDiff(Entries):
     """Sparse change of one tensor.
 
     ``mode="add"``: W[indices] + values; ``mode="set"``: W[indices] = values. Tuned weights come
@@ -147,28 +146,9 @@ class SparseDiff:
         return SparsePattern._trusted(self.indices, self.shape)
 
     @property
-    def nnz(self) -> int:
-        """Number of stored entries."""
-        return self.indices.numel()
-
-    @property
-    def numel(self) -> int:
-        """Number of entries of the whole tensor."""
-        return math.prod(self.shape)
-
-    @property
-    def density(self) -> float:
-        """nnz / numel, 0 for a tensor without entries."""
-        return self.nnz / self.numel if self.numel else 0.0
-
-    @property
     def dtype(self) -> torch.dtype:
         """Dtype of the values."""
         return self.values.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.values.device
 
     @property
     def nbytes(self) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor
 from sparseft._integrity import bits_equal, chunk_of, find_index_fault, hash_tensor
 from sparseft.errors import MaskError
 
-__all__ = ["SparsePattern", "index_dtype_for"]
+__all__ = ["Entries", "SparsePattern", "index_dtype_for"]
 
 
 def index_dtype_for(numel: int) -> torch.dtype:
@@ -55,8 +55,34 @@ def check_indices(indices: Tensor, shape: torch.Size, error: type[Exception]) ->
         )
 
 
+class Entries:
+    """What anything with flat ``indices`` into a tensor of ``shape`` has: counts and a device."""
+
+    indices: Tensor
+    shape: torch.Size
+
+    @property
+    def nnz(self) -> int:
+        """Number of entries."""
+        return self.indices.numel()
+
+    @property
+    def numel(self) -> int:
+        """Number of entries of the whole tensor."""
+        return math.prod(self.shape)
+
+    @property
+    def density(self) -> float:
+        """nnz / numel, 0 for a tensor without entries."""
+        return self.nnz / self.numel if self.numel else 0.0
+
+    @property
+    def device(self) -> torch.device:
+        return self.indices.device
+
+
 @dataclass(frozen=True, eq=False)
-class SparsePattern:
+class SparsePattern(Entries):
     """Positions inside one tensor: the mask, stored as what it keeps.
 
     Args:
@@ -141,25 +167,6 @@ class SparsePattern:
             raise MaskError(f"indices do not fit shape {tuple(size)}; {fault}.{fix}")
         narrow = wide.to(index_dtype_for(math.prod(size)))
         return cls._trusted(narrow.clone() if narrow is indices else narrow, size)
-
-    @property
-    def nnz(self) -> int:
-        """Number of positions kept."""
-        return self.indices.numel()
-
-    @property
-    def numel(self) -> int:
-        """Number of entries of the whole tensor."""
-        return math.prod(self.shape)
-
-    @property
-    def density(self) -> float:
-        """nnz / numel, 0 for a tensor without entries."""
-        return self.nnz / self.numel if self.numel else 0.0
-
-    @property
-    def device(self) -> torch.device:
-        return self.indices.device
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
