@@ -10,6 +10,8 @@ import importlib.util
 import os
 import sys
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -55,6 +57,23 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     if os.environ.get("SPARSEFT_REQUIRE_GPU") == "1":
         pytest.fail(f"{reason}, and SPARSEFT_REQUIRE_GPU=1 asks for one")
     pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def tiny() -> ModuleType:
+    """The functions of ``_tiny.py`` (test folders are not importable under importlib mode)."""
+    spec = importlib.util.spec_from_file_location("_tiny", Path(__file__).with_name("_tiny.py"))
+    if spec is None or spec.loader is None:
+        raise pytest.UsageError("tests/_tiny.py cannot be loaded")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tiny: ModuleType) -> Any:
+    """Fast tokenizer of the words in ``_tiny.py``."""
+    return tiny.tiny_tokenizer()
 
 
 @pytest.fixture(scope="session")
