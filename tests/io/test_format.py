@@ -382,5 +382,8 @@ def test_loading_holds_no_second_copy(tmp_path: Path):
     )
     mapped, cloned, copies = json.loads(done.stdout)
     assert copies == tensors
-    assert mapped < 8 << 20
-    assert cloned - mapped >= (entries * 4 * tensors) // 2
+    # The check of one tensor needs 8 MiB of scratch, which the allocator may or may not keep; what
+    # must not be there is another 96 MiB. A copy made on purpose, of the values alone (48 MiB), is
+    # over the bound.
+    bound = (4 + 4) * entries * tensors // 4
+    assert mapped < bound <= cloned - mapped
