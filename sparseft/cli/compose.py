@@ -37,7 +37,9 @@ def add_parser(subparsers: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--base", metavar="PATH", help="folder of the base model (or its name on the hub)"
+        "--base",
+        metavar="PATH",
+        help="folder of the base model, or its name on the hub (what was downloaded is used as is)",
     )
     parser.add_argument(
         "--adapter", nargs="+", required=True, metavar="A", help="adapter folders or files"

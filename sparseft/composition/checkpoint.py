@@ -7,7 +7,7 @@ import logging
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -129,18 +129,54 @@ def _labels(adapters: Mapping[str, Adapter]) -> int | None:
     return None
 
 
+def _from_anywhere(source: str, load: Callable[..., Any]) -> Any:
+    """Return ``load(**where)`` of a folder, of the cache of downloads, or else of the hub.
+
+    The hub is asked one question first: without an answer its client would try each file six times,
+    half a minute in all, with two lines for each on standard error.
+    """
+    if Path(source).expanduser().is_dir():
+        return load()
+    try:
+        return load(local_files_only=True)
+    except CompositionError:
+        raise
+    except (OSError, ValueError):  # not there, or not whole
+        _require_hub(source)
+    return load()
+
+
+def _require_hub(source: str) -> None:
+    """Check that the hub answers, whatever it says of ``source``."""
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().model_info(source, timeout=10)
+    # Connection errors come from the HTTP library, which differs between versions of the client.
+    except Exception as error:
+        if getattr(error, "response", None) is not None or isinstance(error, ValueError):
+            return  # an answer, or no name for the hub: the loader says more
+        raise CompositionError(
+            f"base model {source!r} is neither a folder here nor in the cache of downloads, and "
+            f"the hub does not answer ({_first_line(error)}). Give the path of a folder written by "
+            "save_pretrained, or one downloaded elsewhere (hf download NAME --local-dir FOLDER)."
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0].rstrip(".") if lines else type(error).__name__
+
+
 def _load(source: str, architecture: str | None, adapters: Mapping[str, Adapter]) -> nn.Module:
     """Load a model in its checkpoint's dtype; all parameters come from there or an adapter."""
     import transformers
 
-    extra: dict[str, Any] = {}
-    if source.startswith((".", "/", "~")) and not (Path(source).expanduser()).is_dir():
-        raise CompositionError(
-            f"base model: no folder {source}. Give a folder written by save_pretrained, or a name."
-        )
-    try:
-        config = transformers.AutoConfig.from_pretrained(source)
-        labels = _labels(adapters)
+    labels = _labels(adapters)
+
+    def load(**where: Any) -> Any:
+        extra: dict[str, Any] = {}
+        config = transformers.AutoConfig.from_pretrained(source, **where)
         if architecture is None and labels is not None:
             loader: Any = transformers.AutoModelForSequenceClassification
             extra["num_labels"] = labels
@@ -153,17 +189,22 @@ def _load(source: str, architecture: str | None, adapters: Mapping[str, Adapter]
                 )
             if labels is not None and "SequenceClassification" in str(name):
                 extra["num_labels"] = labels
-        model, info = loader.from_pretrained(
-            source, dtype="auto", output_loading_info=True, **extra
+        return loader.from_pretrained(
+            source, dtype="auto", output_loading_info=True, **extra, **where
         )
-    except (OSError, ValueError) as bad:
-        if isinstance(bad, CompositionError):
-            raise
-        lines = [line for line in str(bad).strip().splitlines() if line.strip()]
-        reason = lines[0].rstrip(".") if lines else type(bad).__name__
+
+    if source.startswith((".", "/", "~")) and not (Path(source).expanduser()).is_dir():
         raise CompositionError(
-            f"base model {source!r} cannot be loaded: {reason}. Without a network, give the path "
-            "of a folder written by save_pretrained."
+            f"base model: no folder {source}. Give a folder written by save_pretrained, or a name."
+        )
+    try:
+        model, info = _from_anywhere(source, load)
+    except CompositionError:
+        raise
+    except (OSError, ValueError) as bad:
+        raise CompositionError(
+            f"base model {source!r} cannot be loaded: {_first_line(bad)}. Without a network, give "
+            "the path of a folder written by save_pretrained."
         ) from bad
     brought = {name for adapter in adapters.values() for name in adapter.dense}
     random = sorted(set(info["missing_keys"]) - brought)
@@ -186,7 +227,10 @@ def _copy_tokenizer(source: str, folder: Path) -> None:
         return
     import transformers
 
+    def load(**where: Any) -> Any:
+        return transformers.AutoTokenizer.from_pretrained(source, **where)
+
     try:
-        transformers.AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+        _from_anywhere(source, load).save_pretrained(folder)
     except (OSError, ValueError) as bad:
         logger.warning("no tokenizer was found beside %s (%s)", source, bad)

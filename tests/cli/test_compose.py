@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -125,6 +127,44 @@ def test_bad_input(adapters, tmp_path, capsys, extra, message):
     assert main([*words, *extra]) == BAD_INPUT
     assert message in capsys.readouterr().err
     assert not out.exists()
+
+
+_TWICE = """
+import sys
+from sparseft.cli.main import main
+
+words = ["compose", "--adapter", sys.argv[1], "--out"]
+print(main([*words, "found", "--base", "some-org/cached"]))
+print(main([*words, "lost", "--base", "some-org/nowhere"]))
+"""
+
+
+def test_a_hub_name_without_a_hub(base, adapters, tmp_path):
+    """What was downloaded is used; for the rest one line, at once, instead of half a minute."""
+    home = tmp_path / "home"
+    cached = home / "hub" / "models--some-org--cached"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("0" * 40)
+    shutil.copytree(base, cached / "snapshots" / ("0" * 40))
+    # Nobody listens on this port: refused at once, as on a machine without a network.
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGINGFACE_"))}
+    env |= {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(home)}
+    done = subprocess.run(
+        [sys.executable, "-c", _TWICE, str(adapters / "nli")],
+        capture_output=True, text=True, cwd=tmp_path, env=env, timeout=300,
+    )  # fmt: skip
+    assert done.stdout.split()[0] == str(Path("found")) + ":", done.stderr
+    assert [line for line in done.stdout.splitlines() if line.isdigit()] == [
+        str(OK),
+        str(BAD_INPUT),
+    ]
+    assert (tmp_path / "found" / "model.safetensors").is_file()
+    assert (tmp_path / "found" / "tokenizer.json").is_file()
+    assert not (tmp_path / "lost").exists()
+    assert "Retry" not in done.stderr
+    [said] = done.stderr.strip().splitlines()
+    assert said.startswith("sparseft compose: base model 'some-org/nowhere' is neither a folder")
+    assert "Give the path of a folder written by save_pretrained" in said
 
 
 def test_another_base_is_refused(tiny, adapters, tmp_path, capsys):
