@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from sparseft.diff import SparsePattern, index_dtype_for
 from sparseft.errors import MaskError
-from sparseft.ops import StreamingTopK, topk_single
+from sparseft.ops import StreamingTopK, topk_differences, topk_single
 from sparseft.selection.counts import apportion, rows_of, spread
+from sparseft.selection.differences import Differences
 from sparseft.selection.registry import Piece
 
 __all__ = ["Scope", "keep_best", "keep_true"]
@@ -41,12 +42,14 @@ def keep_best(
         MaskError: NaN or negative scores, naming the tensor; pieces out of order.
     """
     shapes = {name: p.shape for name, p in parameters.items()}
+    sizes = [math.prod(shape) for shape in shapes.values()]
+    counts = dict(zip(shapes, apportion(nnz, sizes), strict=True))
+    if isinstance(pieces, Differences) and scope != "row":
+        return _keep_moved(pieces, parameters, nnz if scope == "global" else counts)
     keeper: _Keeper
     if scope == "global":
         keeper = _Global(nnz)
     else:
-        sizes = [math.prod(shape) for shape in shapes.values()]
-        counts = dict(zip(shapes, apportion(nnz, sizes), strict=True))
         keeper = _PerTensor(counts) if scope == "tensor" else _PerRow(counts)
     chosen: dict[str, list[Tensor]] = {}
     for name, shape, tensor_pieces in by_tensor(pieces, shapes):
@@ -57,6 +60,24 @@ def keep_best(
         for name, shape in shapes.items()
     }
     return patterns, keeper.zeros
+
+
+def _keep_moved(
+    differences: Differences, parameters: Mapping[str, nn.Parameter], nnz: int | dict[str, int]
+) -> tuple[dict[str, SparsePattern], int]:
+    """Keep the entries that moved most, over everything or each tensor's number of them, by the
+    op: on a GPU no difference is formed.
+    """
+    if isinstance(nnz, int):
+        found = [topk_differences(differences.pairs, nnz)]
+    else:
+        found = [topk_differences([pair], nnz[pair[0]]) for pair in differences.pairs]
+    patterns = {
+        name: pattern.to(parameters[name].device)
+        for top in found
+        for name, pattern in top.patterns.items()
+    }
+    return patterns, sum(top.zeros for top in found)
 
 
 def keep_true(

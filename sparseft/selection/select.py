@@ -14,6 +14,7 @@ from sparseft.errors import MaskError
 from sparseft.modules import ParameterIndex
 from sparseft.selection.counts import total_nnz
 from sparseft.selection.masks import Masks
+from sparseft.selection.patterns import names_between
 from sparseft.selection.registry import REGISTRY, Candidates
 from sparseft.selection.scopes import Scope, keep_best, keep_true
 from sparseft.selection.source import Source
@@ -35,12 +36,8 @@ def candidates_of(
         MaskError: no parameter is left.
     """
     index = ParameterIndex(model)
-    chosen = set(index.names if include is None else index.match(include))
-    if exclude:
-        chosen -= set(index.match(exclude))
-    parameters = {
-        name: index.get(name) for name in sorted(chosen) if index.get(name).is_floating_point()
-    }
+    chosen = sorted(names_between(index, include, exclude))
+    parameters = {name: index.get(name) for name in chosen if index.get(name).is_floating_point()}
     if not parameters:
         raise MaskError(
             f"no parameter is left to select from: include={include!r} and exclude={exclude!r} "
@@ -80,8 +77,10 @@ def select(
             floating parameters of the model.
         scope: "global"; "tensor" (every tensor its share by size) or "row" (every row of every
             tensor its share). The total is exact in each.
-        include: globs over parameter names; default all.
-        exclude: globs of names to leave out.
+        include: globs over parameter names; default all. A tied parameter is meant by any of its
+            names.
+        exclude: globs of names to leave out, likewise: a head's glob also leaves out an embedding
+            that is tied to it.
         base: theta0: a model, a mapping from name to tensor, or a checkpoint's path.
         tuned: theta1, likewise; default: the model's parameters as they are now.
         seed: for methods that draw.

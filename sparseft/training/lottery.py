@@ -132,7 +132,8 @@ def lottery_ticket(
         iterations: repetitions of the two phases; 1 with a list.
         selector: name of a registered selector; ``scope`` and ``selector_options`` go to `select`.
         include, exclude: globs over parameter names that the mask may and may not touch (exclude
-            wins). What is excluded stays frozen in both phases.
+            wins). What is excluded stays frozen in both phases. As in `select`, a tied parameter is
+            meant by any of its names: a head's glob also freezes an embedding tied to it.
         full_params: globs of parameters trained fully in both phases (heads). They are rewound like
             the rest, and saved whole in the adapter.
         l1: strength of the penalty on the diff, or one for each phase.

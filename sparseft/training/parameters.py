@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from sparseft._integrity import hash_tensor
 from sparseft.errors import MaskError, ResumeError
-from sparseft.modules import ParameterIndex, match_patterns
+from sparseft.modules import ParameterIndex
+from sparseft.selection.patterns import match_names, names_between
 from sparseft.training.state import TensorFile, save_tensors
 
 __all__ = ["Trainables", "base_digest", "saved_training_mode"]
@@ -44,26 +45,22 @@ class Trainables:
         exclude: Sequence[str],
         full_params: Sequence[str],
     ) -> Trainables:
-        """Split the parameters of ``model``; patterns are globs over canonical names.
+        """Split the parameters of ``model``; patterns are globs, as in `select`.
 
         Raises:
             UnknownNameError: a pattern that matches nothing.
             MaskError: no candidate is left.
         """
         index = ParameterIndex(model)
-        names = list(index.names)
-        chosen = set(names if include is None else match_patterns(include, names))
-        full = set(match_patterns(full_params, names)) if full_params else set()
-        chosen -= full
-        if exclude:
-            chosen -= set(match_patterns(exclude, names))
-        parameters = {n: index.get(n) for n in names}
+        full = set(match_names(index, full_params, "full_params"))
+        chosen = set(names_between(index, include, exclude)) - full
+        parameters = {n: index.get(n) for n in index.names}
         candidates = {n: p for n, p in parameters.items() if n in chosen and p.is_floating_point()}
         if not candidates:
             raise MaskError(
                 f"no parameter is left to select from: include={include!r}, "
                 f"exclude={list(exclude)!r}, "
-                f"full_params={list(full_params)!r} rule out all {len(names)}."
+                f"full_params={list(full_params)!r} rule out all {len(index)}."
             )
         keys = set(model.state_dict().keys())
         return cls(

@@ -13,10 +13,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from sparseft.diff import SparsePattern
 from sparseft.errors import ResumeError
 from sparseft.io.atomic import atomic_write, atomic_write_json
 
@@ -26,8 +24,6 @@ __all__ = [
     "differences",
     "exclusive",
     "flatten",
-    "load_masks",
-    "save_masks",
     "save_tensors",
 ]
 
@@ -59,9 +55,7 @@ class TensorFile(Mapping[str, Tensor]):
         return len(self._names)
 
 
-def save_tensors(
-    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
-) -> None:
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors as safetensors, whole or not at all."""
     from safetensors.torch import save
 
@@ -70,22 +64,7 @@ def save_tensors(
     plain = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
     with atomic_write(path) as file:
         # Never without metadata: safetensors 0.8 cannot read its own header of no tensors.
-        file.write(save(plain, metadata={"format": "pt", **(metadata or {})}))
-
-
-def save_masks(path: Path, masks: Mapping[str, SparsePattern]) -> None:
-    """Write masks: the indices of each, shapes in the metadata."""
-    shapes = {name: list(pattern.shape) for name, pattern in masks.items()}
-    save_tensors(path, {n: p.indices for n, p in masks.items()}, {"shapes": json.dumps(shapes)})
-
-
-def load_masks(path: Path) -> dict[str, SparsePattern]:
-    """Read what `save_masks` wrote, checked again at construction."""
-    from safetensors import safe_open
-
-    with safe_open(str(path), framework="pt", device="cpu") as file:
-        shapes = json.loads(file.metadata()["shapes"])
-        return {n: SparsePattern(file.get_tensor(n), torch.Size(s)) for n, s in shapes.items()}
+        file.write(save(plain, metadata={"format": "pt"}))
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:

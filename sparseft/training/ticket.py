@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from sparseft._integrity import bits_equal
 from sparseft.adapter import Adapter
-from sparseft.diff import SparsePattern
 from sparseft.errors import ResumeError
+from sparseft.selection import Masks, select
 from sparseft.training.hooks import PhaseHooks
 from sparseft.training.parameters import Trainables
 from sparseft.training.phases import MakeTrainer, Phase, run_phase
 from sparseft.training.rng import derive_seed
-from sparseft.training.state import RunState, TensorFile, load_masks, save_masks, save_tensors
+from sparseft.training.state import RunState, TensorFile, save_tensors
 
 __all__ = ["LotteryTicketResult", "TicketRun"]
 
@@ -45,7 +45,7 @@ class LotteryTicketResult:
     """
 
     adapter: Adapter
-    masks: dict[str, SparsePattern] = field(repr=False)
+    masks: Masks = field(repr=False)
     history: list[dict[str, Any]] = field(repr=False)
     state_dir: Path
     path: Path
@@ -54,7 +54,7 @@ class LotteryTicketResult:
     @property
     def nnz(self) -> int:
         """Number of trained entries."""
-        return sum(p.nnz for p in self.masks.values())
+        return self.masks.nnz
 
 
 @dataclass
@@ -161,7 +161,7 @@ class TicketRun:
                 iteration,
                 sparse_key,
                 home / f"sparse-nnz-{count}",
-                load_masks(masks_path),
+                Masks.load(masks_path),
                 previous,
                 lambda adapter: finish(adapter, budget).save(adapter_path),
             )
@@ -172,7 +172,7 @@ class TicketRun:
         ]
         return LotteryTicketResult(
             adapter=Adapter.load(adapter_path),
-            masks=load_masks(masks_path),
+            masks=Masks.load(masks_path),
             history=history,
             state_dir=self.folder,
             path=adapter_path,
@@ -225,8 +225,6 @@ class TicketRun:
         return lambda: parameter.detach() - self.theta0[name].to(parameter.device)
 
     def _select(self, dense: Path, masks: Path, count: int, previous: Adapter | None) -> None:
-        from sparseft.selection import select
-
         self.parts.load_file(dense)
         base: Mapping[str, Tensor] = self.theta0
         if previous is not None:
@@ -239,15 +237,15 @@ class TicketRun:
             seed=self.seed,
             **self.choose,
         )
-        save_masks(masks, chosen)
-        logger.info("selected %s entries", f"{sum(p.nnz for p in chosen.values()):,}")
+        chosen.save(masks)
+        logger.info("selected %s entries", f"{chosen.nnz:,}")
 
     def _sparse_phase(
         self,
         iteration: int,
         key: str,
         folder: Path,
-        masks: dict[str, SparsePattern],
+        masks: Masks,
         previous: Adapter | None,
         save: Callable[[Adapter], Any],
     ) -> None:

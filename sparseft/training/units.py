@@ -19,7 +19,7 @@ from torch import nn
 
 from sparseft.adapter import Adapter
 from sparseft.data import Example, encode, load_classification, load_mlm_texts
-from sparseft.errors import RecipeError
+from sparseft.errors import RecipeError, UnknownNameError
 from sparseft.evaluation import (
     Result,
     Task,
@@ -30,6 +30,7 @@ from sparseft.evaluation import (
 )
 from sparseft.io.atomic import atomic_write_json
 from sparseft.modules import ParameterIndex
+from sparseft.selection.patterns import match_names
 from sparseft.training.loop import LoopTrainer
 from sparseft.training.lottery import LotteryTicketResult, SourceAdapter, lottery_ticket
 from sparseft.training.objectives import masked_lm_loss, untie_output_embeddings
@@ -148,6 +149,7 @@ def _train(
     sources: Sequence[SourceAdapter] = (),
     data: dict[str, Any],
 ) -> LotteryTicketResult:
+    _check_patterns(section, model)
     if section.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     result = lottery_ticket(
@@ -171,6 +173,16 @@ def _train(
     # Last, because its presence says that the unit is finished.
     result.adapter.save(folder / "adapter")
     return result
+
+
+def _check_patterns(section: TrainSection, model: nn.Module) -> None:
+    """Check the globs of a section here, where the recipe's own key can be named."""
+    index = ParameterIndex(model)
+    for key in ("exclude", "full_params"):
+        try:
+            match_names(index, getattr(section, key), f"{section.where}.{key}")
+        except UnknownNameError as bad:
+            raise RecipeError(str(bad)) from None
 
 
 def _digest_rows(rows: Any) -> str:

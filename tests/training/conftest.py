@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
+
+from sparseft.training import LoopTrainer, lottery_ticket
 
 _spec = importlib.util.spec_from_file_location("_tiny", Path(__file__).with_name("_tiny.py"))
 _tiny = importlib.util.module_from_spec(_spec)
@@ -51,3 +55,39 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ).save_pretrained(folder)
     _tiny.tiny_masked_lm(seed=3).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def make(tiny, rows):
+    """Factory of factories: ``make(**options of LoopTrainer)`` -> make_trainer."""
+
+    def factory(**options):
+        on_phase = options.pop("on_phase", None)
+        data = options.pop("dataset", rows)
+        defaults = {"steps": 6, "batch_size": 8, "lr": 1e-3, "collate": tiny.collate}
+
+        def make_trainer(model, phase):
+            if on_phase is not None:
+                on_phase(model, phase)
+            return LoopTrainer(
+                model,
+                data,
+                output_dir=phase.output_dir,
+                seed=phase.seed,
+                **{**defaults, **options},
+            )
+
+        return make_trainer
+
+    return factory
+
+
+@pytest.fixture
+def run() -> Callable[..., Any]:
+    """``run(make_trainer, model, folder, **options of lottery_ticket)``, with a head and norms."""
+
+    def ticket(make_trainer, model, folder, **options):
+        defaults = {"nnz": 500, "exclude": ("*LayerNorm*",), "full_params": ("classifier.*",)}
+        return lottery_ticket(make_trainer, model, output_dir=folder, **{**defaults, **options})
+
+    return ticket

@@ -1,4 +1,4 @@
-"""The state file: settings that may not change, masks and tensors on disk, one process a folder."""
+"""The state file: settings that may not change, tensors on disk, one process a folder."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import sys
 import pytest
 import torch
 
-from sparseft import SparsePattern
 from sparseft.errors import ResumeError
 from sparseft.training.rng import derive_seed, rng_state, seed_everything, set_rng_state
 from sparseft.training.state import (
@@ -17,8 +16,6 @@ from sparseft.training.state import (
     TensorFile,
     differences,
     exclusive,
-    load_masks,
-    save_masks,
     save_tensors,
 )
 
@@ -74,15 +71,7 @@ def test_differences_name_added_and_removed_keys():
     ]
 
 
-def test_masks_and_tensors_come_back_bit_for_bit(tmp_path):
-    masks = {
-        "w": SparsePattern.from_mask(torch.rand(5, 7) > 0.5),
-        "none": SparsePattern.from_mask(torch.zeros(3, dtype=torch.bool)),
-    }
-    save_masks(tmp_path / "m.safetensors", masks)
-    found = load_masks(tmp_path / "m.safetensors")
-    assert list(found) == list(masks)
-    assert all(found[n].equals(masks[n]) for n in masks)
+def test_tensors_come_back_bit_for_bit(tmp_path):
     values = {"x": torch.randn(4, 3).t(), "h": torch.randn(2).to(torch.bfloat16)}
     save_tensors(tmp_path / "t.safetensors", values)
     file = TensorFile(tmp_path / "t.safetensors")

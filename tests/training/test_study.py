@@ -194,6 +194,20 @@ def test_bad_input_is_named(recipe_data, tmp_path, monkeypatch):
         run_study(load_recipe(recipe_data), only=["task-seed0", "evaluate-seed0"])
 
 
+@pytest.mark.parametrize(
+    ("unit", "key", "value"),
+    [
+        ("task-seed0", "task.exclude", "['*LayrNorm*']"),
+        ("task-seed0", "task.full_params", "['clasifier.weight']"),
+        ("language-ban", "language.exclude", "['lm_heads.*']"),
+    ],
+)
+def test_a_pattern_that_matches_nothing_is_named_by_its_key(recipe_data, unit, key, value):
+    recipe = load_recipe(recipe_data, [f"{key}={value}"])
+    with pytest.raises(RecipeError, match=rf"^{key}: pattern '.*' matches none of \d+ names"):
+        run_study(recipe, only=[unit])
+
+
 def test_the_command_lists_runs_and_reports(recipe_data, tmp_path, capsys, monkeypatch):
     import yaml
 

@@ -1,0 +1,57 @@
+"""What a lottery ticket refuses, and how it says so."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from sparseft.errors import DataError, MaskError, NonFiniteLossError, UnknownNameError
+
+
+def test_bad_input_is_named(run, tiny, make, tmp_path):
+    model = tiny.tiny_classifier()
+    with pytest.raises(DataError, match="empty"):
+        run(make(dataset=[]), model, tmp_path / "e")
+    with pytest.raises(MaskError, match="either nnz or density"):
+        run(make(), model, tmp_path, density=0.1)
+    with pytest.raises(MaskError, match=r"nnz=100,000,000 is outside 1 \.\.\. "):
+        run(make(), model, tmp_path, nnz=100_000_000)
+    with pytest.raises(MaskError, match=r"density must be in \(0, 1\], got 1\.5"):
+        run(make(), model, tmp_path, nnz=None, density=1.5)
+    with pytest.raises(UnknownNameError, match=r"'\*LayrNorm\*'"):
+        run(make(), model, tmp_path, exclude=("*LayrNorm*",))
+    with pytest.raises(MaskError, match="no parameter is left"):
+        run(make(), model, tmp_path, include=("*LayerNorm*",))
+    with pytest.raises(ValueError, match="l1 must be"):
+        run(make(), model, tmp_path, l1=-1.0)
+    with pytest.raises(ValueError, match="list of nnz"):
+        run(make(), model, tmp_path, nnz=[1, 2], iterations=2)
+    with pytest.raises(TypeError, match="make_trainer returned NoneType"):
+        run(lambda m, p: None, model, tmp_path / "n")
+
+
+def test_a_nan_loss_says_the_phase_step_and_checkpoint(run, tiny, make, tmp_path):
+    calls = []
+
+    def loss(model, batch):
+        calls.append(None)
+        return model(**batch).loss * (math.nan if len(calls) == 10 else 1.0)
+
+    model = tiny.tiny_classifier()
+    before = tiny.bits(model)
+    with pytest.raises(NonFiniteLossError, match="step 3 of 6") as caught:
+        run(make(loss_fn=loss, save_every=2), model, tmp_path)
+    assert "sparse-nnz-500/checkpoint-00000002.pt" in str(caught.value)
+    assert tiny.same_bits(before, tiny.bits(model))
+    resumed = run(make(save_every=2), model, tmp_path)
+    whole = run(make(save_every=2), tiny.tiny_classifier(), tmp_path / "whole")
+    assert resumed.path.read_bytes() == whole.path.read_bytes()
+
+
+def test_several_processes_are_refused(run, tiny, make, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.raises(RuntimeError, match="runs in one process"):
+        run(make(), tiny.tiny_classifier(), tmp_path)
