@@ -18,10 +18,11 @@ from sparseft.ops.apply_diff import (
 )
 from sparseft.ops.sampled_grad import sampled_embedding_grad, sampled_weight_grad
 from sparseft.ops.sparse_step import adamw_step_, sgd_step_
-from sparseft.ops.topk import StreamingTopK, topk_patterns, topk_single
+from sparseft.ops.topk import StreamingTopK, TopK, topk_differences, topk_patterns, topk_single
 
 __all__ = [
     "StreamingTopK",
+    "TopK",
     "adamw_step_",
     "apply_diff_",
     "backend",
@@ -32,6 +33,7 @@ __all__ = [
     "sampled_weight_grad",
     "sgd_step_",
     "sum_entries",
+    "topk_differences",
     "topk_patterns",
     "topk_single",
     "undo_",

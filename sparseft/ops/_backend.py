@@ -29,7 +29,9 @@ Resolved = Literal["reference", "triton"]
 _NAMES = ("auto", "reference", "triton")
 _ENV = "SPARSEFT_BACKEND"
 # Ops that have a Triton kernel. An op is added here by the change that adds its launcher.
-_TRITON_OPS = frozenset({"gather_entries", "write_entries_", "write_sum_"})
+_TRITON_OPS = frozenset(
+    {"gather_entries", "topk_differences", "topk_patterns", "write_entries_", "write_sum_"}
+)
 
 _log = logging.getLogger("sparseft.backend")
 # Process-wide on purpose: CUDA backward runs in autograd's own threads, which a thread-local or
@@ -111,13 +113,16 @@ def _why_not_triton(op: str, tensors: tuple[Tensor, ...]) -> str | None:
     return None if missing is None else f"the Python package {missing!r} is not installed"
 
 
-def resolve_backend(op: str, *tensors: Tensor, backend: str | None = None) -> Resolved:
+def resolve_backend(
+    op: str, *tensors: Tensor, backend: str | None = None, why_not: str | None = None
+) -> Resolved:
     """Return ``"reference"`` or ``"triton"`` for one call of ``op`` on ``tensors``.
 
     Args:
         op: name of the op as in ``torch.ops.sparseft``.
         tensors: every tensor the kernel would touch.
         backend: the caller's ``backend=`` argument, or None (or ``""``) when it gave none.
+        why_not: what else keeps the op's kernel from these tensors, as a clause; None: nothing.
 
     Raises:
         BackendError: unknown name, or ``"triton"`` was asked for and cannot run here; the message
@@ -128,7 +133,7 @@ def resolve_backend(op: str, *tensors: Tensor, backend: str | None = None) -> Re
         return "reference"
     if name == "auto" and all(t.device.type != "cuda" for t in tensors):
         return "reference"  # the ordinary case off GPUs: nothing to explain
-    reason = _why_not_triton(op, tensors)
+    reason = _why_not_triton(op, tensors) or why_not
     if reason is None:
         return "triton"
     if name == "triton":

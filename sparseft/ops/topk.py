@@ -10,27 +10,55 @@ because ties go to whoever came first: so the buffer is bounded by 2k + one chun
 score is the same. Each score is read once. A histogram of the bits with a second pass over the
 scores was measured too: torch.bincount alone costs 2.9 ns an entry, this whole pass about 3, and it
 needs no second evaluation of the scores.
+
+That is the reference. Tensors that all lie on one GPU are read in place by Triton kernels instead
+(sparseft_kernels/topk.py), twice as a rule; the patterns are the same bit for bit.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sparseft.diff import SparsePattern
+from sparseft.diff import SparsePattern, index_dtype_for
 from sparseft.errors import MaskError
+from sparseft.ops._backend import Resolved, current_backend, resolve_backend
 
-__all__ = ["StreamingTopK", "topk_patterns", "topk_reference", "topk_single"]
+__all__ = [
+    "StreamingTopK",
+    "TopK",
+    "topk_differences",
+    "topk_patterns",
+    "topk_reference",
+    "topk_single",
+]
 
 # Scores looked at together: 1 Mi entries, so temporaries stay near 12 MiB.
 _CHUNK = 1 << 20
 
+# What the kernels read. float64 keys have twice the bits: they stay on the reference.
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
 NamedScores = Iterable[tuple[str, Tensor]]
+NamedPairs = Iterable[tuple[str, Tensor, Tensor]]
+
+
+class TopK(NamedTuple):
+    """A selection.
+
+    Args:
+        patterns: name -> kept entries, in the order given.
+        zeros: how many kept entries have score 0: they only fill the count.
+    """
+
+    patterns: dict[str, SparsePattern]
+    zeros: int
 
 
 def topk_reference(named_scores: NamedScores, nnz: int) -> dict[str, Tensor]:
@@ -83,6 +111,62 @@ def _check_count(nnz: int, what: str) -> None:
         raise MaskError(f"{what} is {nnz!r}; it should be an integer >= 0")
 
 
+def _check_tensor(name: str, tensor: Tensor, known: Container[str]) -> None:
+    if name in known:
+        raise MaskError(f"scores for {name!r} were added twice")
+    if not tensor.is_floating_point():
+        raise MaskError(f"scores for {name!r} have dtype {tensor.dtype}; they should be floating")
+
+
+def _check_pair(name: str, theta1: Tensor, theta0: Tensor) -> None:
+    if theta1.shape != theta0.shape:
+        raise MaskError(
+            f"theta1 of {name!r} has shape {tuple(theta1.shape)} but theta0 has "
+            f"{tuple(theta0.shape)}; they should be one tensor before and after training"
+        )
+    if not theta0.is_floating_point():
+        raise MaskError(f"theta0 of {name!r} has dtype {theta0.dtype}; it should be floating")
+
+
+def _check_room(nnz: int, seen: int) -> None:
+    if seen < nnz:
+        raise MaskError(f"nnz={nnz} entries were asked for but only {seen} scores were added")
+
+
+def _negative(name: str, at: int) -> str:
+    return f"scores for {name!r} hold negative values; pass abs=True to rank magnitudes"
+
+
+def _nan_score(name: str, at: int) -> str:
+    return (
+        f"scores for {name!r} hold NaN (first seen at flat index {at}); a selection cannot rank it"
+    )
+
+
+def _nan_difference(name: str, at: int) -> str:
+    return (
+        f"differences of {name!r} are NaN (first at flat index {at}); a selection cannot rank "
+        "them. Did training diverge?"
+    )
+
+
+def difference(theta1: Tensor, theta0: Tensor) -> Tensor:
+    """Return theta1 - theta0 on theta1's device, in fp32, or fp64 if either side is fp64."""
+    wide = torch.promote_types(torch.promote_types(theta1.dtype, theta0.dtype), torch.float32)
+    return theta1.to(wide) - theta0.to(device=theta1.device, dtype=wide)
+
+
+def flat_part(tensor: Tensor, part: slice) -> Tensor:
+    """Return entries ``part`` of a tensor in row-major order; only strided tensors are copied."""
+    if tensor.is_contiguous() or tensor.ndim < 2:
+        return tensor.reshape(-1)[part]
+    # Whole rows around the part, so that no copy of the tensor is made.
+    width = tensor.numel() // tensor.shape[0]
+    first, last = part.start // width, -(-part.stop // width)
+    rows = tensor[first:last].reshape(-1)
+    return rows[part.start - first * width : part.stop - first * width]
+
+
 def _flat_chunks(scores: Tensor) -> Iterator[tuple[int, Tensor]]:
     """Yield (first flat index, 1-D piece); a non-contiguous tensor is copied a piece at a time."""
     if scores.is_contiguous() or scores.ndim < 2:
@@ -122,6 +206,7 @@ class StreamingTopK:
         self._segments: list[_Segment] = []
         self._held = 0
         self._seen = 0
+        self.zeros = 0
         self._threshold = -1  # keys above it are still in the running
         self._double = False
 
@@ -137,47 +222,69 @@ class StreamingTopK:
             MaskError: NaN or (without ``abs``) negative scores, a dtype that is not floating, a
                 repeated name.
         """
-        if name in self._shapes:
-            raise MaskError(f"scores for {name!r} were added twice")
-        if not scores.is_floating_point():
-            raise MaskError(
-                f"scores for {name!r} have dtype {scores.dtype}; they should be floating"
-            )
         scores = scores.detach()
-        if scores.dtype == torch.float64 and not self._double:
-            self._widen()
-        ordinal = len(self._shapes)
-        self._shapes[name] = scores.shape
-        self._devices.append(scores.device)
-        self._seen += scores.numel()
-        dtype = torch.int32 if scores.numel() < 2**31 else torch.int64
+        ordinal = self._open(name, scores, scores.dtype)
         for start, piece in _flat_chunks(scores):
             if not abs and bool((piece < 0).any()):
-                raise MaskError(
-                    f"scores for {name!r} hold negative values; pass abs=True to rank magnitudes"
-                )
-            keys = _keys(piece.double() if self._double else piece)
-            # NaN bits lie above every number's, so a NaN always passes the threshold: look among
-            # those that do.
-            found = _above(keys, self._threshold if self._nnz else _infinity(keys))
-            keys = keys[found]
-            if keys.numel() and int(keys.max()) > _infinity(keys):
-                at = start + int(found[keys.argmax()])
-                raise MaskError(
-                    f"scores for {name!r} hold NaN (first seen at flat index {at}); a selection "
-                    "cannot rank it"
-                )
-            if not self._nnz or not keys.numel():
-                continue
-            if keys.numel() > self._nnz:
-                # One piece alone overflows the budget: cut it first, so that the buffer never
-                # passes 2 nnz.
-                keep = _cut([keys], self._nnz)[0]
-                keys, found = keys[keep], found[keep]
-            self._segments.append(_Segment(ordinal, keys, (found + start).to(dtype)))
-            self._held += keys.numel()
-            if self._held >= 2 * self._nnz:
-                self._compact()
+                raise MaskError(_negative(name, start))
+            self._offer(ordinal, start, piece, _nan_score)
+
+    def add_difference(self, name: str, theta1: Tensor, theta0: Tensor) -> None:
+        """Offer ``|theta1 - theta0|`` of one tensor, taken a piece at a time.
+
+        Args:
+            name: key of the result; each name once.
+            theta1: any shape, floating; the result lies on its device.
+            theta0: the same shape, floating, anywhere.
+
+        Raises:
+            MaskError: the difference is NaN somewhere, shapes differ, a dtype that is not floating,
+                a repeated name.
+
+        Numerics: in fp32 (fp64 if either side is fp64), whatever the tensors are.
+        """
+        _check_pair(name, theta1, theta0)
+        theta1, theta0 = theta1.detach(), theta0.detach()
+        double = torch.float64 in (theta1.dtype, theta0.dtype)
+        ordinal = self._open(name, theta1, torch.float64 if double else theta1.dtype)
+        for start, new in _flat_chunks(theta1):
+            old = flat_part(theta0, slice(start, start + new.numel()))
+            self._offer(ordinal, start, difference(new, old), _nan_difference)
+
+    def _open(self, name: str, tensor: Tensor, dtype: torch.dtype) -> int:
+        """Take in a tensor's name and shape; return its ordinal."""
+        _check_tensor(name, tensor, self._shapes)
+        if dtype == torch.float64 and not self._double:
+            self._widen()
+        self._shapes[name] = tensor.shape
+        self._devices.append(tensor.device)
+        self._seen += tensor.numel()
+        return len(self._shapes) - 1
+
+    def _offer(
+        self, ordinal: int, start: int, piece: Tensor, nan: Callable[[str, int], str]
+    ) -> None:
+        """Put those entries of a 1-D piece into the buffer that are still in the running."""
+        name = list(self._shapes)[ordinal]
+        keys = _keys(piece.double() if self._double else piece)
+        # NaN bits lie above every number's, so a NaN always passes the threshold: look among
+        # those that do.
+        found = _above(keys, self._threshold if self._nnz else _infinity(keys))
+        keys = keys[found]
+        if keys.numel() and int(keys.max()) > _infinity(keys):
+            raise MaskError(nan(name, start + int(found[_above(keys, _infinity(keys))[0]])))
+        if not self._nnz or not keys.numel():
+            return
+        if keys.numel() > self._nnz:
+            # One piece alone overflows the budget: cut it first, so that the buffer never
+            # passes 2 nnz.
+            keep = _cut([keys], self._nnz)[0]
+            keys, found = keys[keep], found[keep]
+        dtype = index_dtype_for(math.prod(self._shapes[name]))
+        self._segments.append(_Segment(ordinal, keys, (found + start).to(dtype)))
+        self._held += keys.numel()
+        if self._held >= 2 * self._nnz:
+            self._compact()
 
     def _widen(self) -> None:
         """Turn the buffered fp32 keys into fp64 keys: the first float64 tensor arrived."""
@@ -206,23 +313,21 @@ class StreamingTopK:
 
     def finish(self) -> dict[str, SparsePattern]:
         """Return the chosen entries of every tensor added, in order of ``add``; the object is
-        spent.
+        spent. ``zeros`` then says how many of them have score 0.
 
         Raises:
             MaskError: fewer scores were added than entries asked for.
         """
-        if self._seen < self._nnz:
-            raise MaskError(
-                f"nnz={self._nnz} entries were asked for but only {self._seen} scores were added"
-            )
+        _check_room(self._nnz, self._seen)
         self._compact()
+        self.zeros = sum(int((s.keys == 0).sum()) for s in self._segments)
         parts: dict[int, list[Tensor]] = {}
         for segment in self._segments:
             parts.setdefault(segment.ordinal, []).append(segment.indices)
         self._segments = []
         result: dict[str, SparsePattern] = {}
         for ordinal, (name, shape) in enumerate(self._shapes.items()):
-            dtype = torch.int32 if math.prod(shape) < 2**31 else torch.int64
+            dtype = index_dtype_for(math.prod(shape))
             chosen = parts.pop(ordinal, [])
             indices = (
                 torch.cat(chosen)
@@ -260,28 +365,144 @@ def _cut(keys: list[Tensor], k: int) -> list[Tensor]:
 
 
 def topk_patterns(
-    named_scores: NamedScores | Callable[[], NamedScores], nnz: int, *, abs: bool = False
+    named_scores: NamedScores | Callable[[], NamedScores],
+    nnz: int,
+    *,
+    abs: bool = False,
+    backend: str | None = None,
 ) -> dict[str, SparsePattern]:
-    """Return the patterns of the ``nnz`` largest scores over all named tensors; see
-    :class:`StreamingTopK`.
+    """Return the patterns of the ``nnz`` largest scores over all named tensors.
 
     Args:
-        named_scores: pairs (name, scores) in canonical order, or a function that returns them. Read
-            once, one tensor at a time, so a generator may compute each score when asked.
+        named_scores: pairs (name, scores) in canonical order, or a function that returns them. An
+            iterator is read once, one tensor at a time by `StreamingTopK`, so a generator may
+            compute each score when asked. Scores that are there already (a list, ``items()`` of a
+            dict) and lie on one GPU are read in place by the kernels.
         nnz: how many entries to keep in total.
         abs: rank magnitudes.
+        backend: as in `resolve_backend`; "triton" takes the tensors of an iterator all at once.
 
     Raises:
         MaskError: as in :meth:`StreamingTopK.add` and :meth:`StreamingTopK.finish`.
+        BackendError: "triton" was asked for and cannot run.
     """
+    pairs = named_scores() if callable(named_scores) else named_scores
+    if isinstance(pairs, Collection) or (backend or current_backend()) == "triton":
+        pairs = list(pairs)
+        if _resolve("topk_patterns", [s for _, s in pairs], backend) == "triton":
+            return _launch(pairs, nnz, nonnegative=not abs).patterns
     top = StreamingTopK(nnz)
-    for name, scores in named_scores() if callable(named_scores) else named_scores:
+    for name, scores in pairs:
         top.add(name, scores, abs=abs)
     return top.finish()
 
 
+def topk_differences(named_pairs: NamedPairs, nnz: int, *, backend: str | None = None) -> TopK:
+    """Return the ``nnz`` entries that differ most, by ``|theta1 - theta0|``, over all tensors;
+    ties to the first by (order, flat index).
+
+    No difference is kept: the reference takes a million at a time, the kernels take them as they
+    read. Extra memory is a small multiple of nnz on both (`StreamingTopK`,
+    ``sparseft_kernels.topk``).
+
+    Args:
+        named_pairs: triples (name, theta1, theta0) in canonical order; theta1 and theta0 of one
+            shape, floating. Read once; tensors on GPUs are all held until the end, others one
+            pair at a time.
+        nnz: how many entries to keep in total.
+        backend: as in `resolve_backend`. Triton reads contiguous fp32, bf16 and fp16 tensors that
+            all lie on one GPU.
+
+    Raises:
+        MaskError: a difference is NaN (the tensor and the place are named), shapes differ, a dtype
+            that is not floating, a name given twice, fewer entries than asked for.
+        BackendError: "triton" was asked for and cannot run.
+
+    Numerics: differences are taken in fp32, in fp64 if either side is fp64; every backend keeps the
+    same entries.
+
+    Example:
+        >>> theta1, theta0 = torch.tensor([1.0, 5.0, 2.0]), torch.tensor([1.0, 1.0, 4.0])
+        >>> topk_differences([("w", theta1, theta0)], 2).patterns["w"].indices.tolist()
+        [1, 2]
+    """
+    stream = iter(named_pairs)
+    asked = backend or current_backend()
+    held: list[tuple[str, Tensor, Tensor]] = []
+    for name, theta1, theta0 in stream if asked != "reference" else ():
+        held.append((name, theta1.detach(), theta0.detach()))
+        # One pair off the GPU decides: the others are then not gathered.
+        if asked == "auto" and not (theta1.is_cuda and theta0.device == theta1.device):
+            break
+    tensors = [t for _, *pair in held for t in pair]
+    if held and _resolve("topk_differences", tensors, backend) == "triton":
+        for name, theta1, theta0 in held:
+            _check_pair(name, theta1, theta0)
+        new = [(name, theta1) for name, theta1, _ in held]
+        return _launch(new, nnz, [theta0 for *_, theta0 in held])
+    top = StreamingTopK(nnz)
+    for name, theta1, theta0 in itertools.chain(held, stream):
+        top.add_difference(name, theta1, theta0)
+    patterns = top.finish()
+    return TopK(patterns, top.zeros)
+
+
+def _resolve(op: str, tensors: Sequence[Tensor], backend: str | None) -> Resolved:
+    odd = [str(t.dtype) for t in tensors if t.dtype not in _KERNEL_DTYPES]
+    why_not = None
+    if odd:
+        why_not = f"it reads fp32, bf16 and fp16, and one of its tensors is {odd[0]}"
+    elif len({t.device for t in tensors}) > 1:
+        why_not = "its tensors lie on different devices"
+    return resolve_backend(op, *tensors, backend=backend, why_not=why_not)
+
+
+def _launch(
+    named: Sequence[tuple[str, Tensor]],
+    nnz: int,
+    theta0: Sequence[Tensor] | None = None,
+    *,
+    nonnegative: bool = False,
+) -> TopK:
+    """Select by the kernels; theta1 (or scores) by name, theta0 in the same order."""
+    from sparseft_kernels.topk import Unrankable, launch_topk
+
+    _check_count(nnz, "nnz")
+    seen: dict[str, Tensor] = {}
+    for name, tensor in named:
+        _check_tensor(name, tensor, seen)
+        seen[name] = tensor.detach()
+    _check_room(nnz, sum(t.numel() for t in seen.values()))
+    theta1 = list(seen.values())
+    try:
+        found = launch_topk(theta1, theta0, nnz, nonnegative=nonnegative)
+    except Unrankable as bad:
+        # The message is the reference's: look again at the place the kernel points to.
+        part = slice(bad.start, bad.stop)
+        values = flat_part(theta1[bad.tensor], part)
+        if theta0 is not None:
+            values = difference(values, flat_part(theta0[bad.tensor], part))
+        negative = (values < 0) if nonnegative else torch.zeros_like(values, dtype=torch.bool)
+        at = bad.start + int((negative | values.isnan()).to(torch.uint8).argmax())
+        describe = _nan_difference if theta0 is not None else _nan_score
+        if bool(negative.any()):
+            describe = _negative
+        raise MaskError(describe(list(seen)[bad.tensor], at)) from None
+    patterns = {
+        name: SparsePattern._trusted(indices, tensor.shape)
+        for (name, tensor), indices in zip(seen.items(), found.indices, strict=True)
+    }
+    return TopK(patterns, found.zeros)
+
+
 def topk_single(
-    scores: Tensor, k: int, *, per_row: bool = False, abs: bool = False, name: str = "scores"
+    scores: Tensor,
+    k: int,
+    *,
+    per_row: bool = False,
+    abs: bool = False,
+    name: str = "scores",
+    backend: str | None = None,
 ) -> SparsePattern:
     """Return the pattern of the k largest scores of one tensor, or of each of its rows.
 
@@ -291,13 +512,16 @@ def topk_single(
         per_row: keep exactly k in every row; ties go to the lowest column.
         abs: rank magnitudes.
         name: used in error messages.
+        backend: as in `topk_patterns`; the best of each row have no kernel.
 
     Raises:
         MaskError: NaN or negative scores, or k larger than there are scores (per row).
+        BackendError: "triton" was asked for and cannot run.
     """
     if not per_row:
-        return topk_patterns([(name, scores)], k, abs=abs)[name]
+        return topk_patterns([(name, scores)], k, abs=abs, backend=backend)[name]
     _check_count(k, "k")
+    resolve_backend("topk_single(per_row=True)", scores, backend=backend)
     rows = scores.shape[0] if scores.ndim > 1 else 1
     width = scores.numel() // rows if rows else 0
     if rows and k > width:
