@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from sparseft.diff import SparseDiff, SparsePattern
     from sparseft.errors import SparseFtError
     from sparseft.ops import backend
-    from sparseft.optim import SparseAdamW, SparseSGD
+    from sparseft.optim import SparseAdamW, SparseLion, SparseSGD
     from sparseft.selection import register_selector, select
     from sparseft.training import lottery_ticket
 
@@ -30,6 +30,7 @@ _EXPORTS = {
     "SparseAdamW": "sparseft.optim",
     "SparseDiff": "sparseft.diff",
     "SparseFtError": "sparseft.errors",
+    "SparseLion": "sparseft.optim",
     "SparsePattern": "sparseft.diff",
     "SparseSGD": "sparseft.optim",
     "attach": "sparseft.attach",
@@ -47,6 +48,7 @@ __all__ = [
     "SparseAdamW",
     "SparseDiff",
     "SparseFtError",
+    "SparseLion",
     "SparsePattern",
     "SparseSGD",
     "__version__",

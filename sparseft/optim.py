@@ -1,28 +1,32 @@
-"""Optimizers that update a compact leaf and write its weight in one pass.
+"""Optimizers that update compact leaves and write their weights in one pass.
 
-Ordinary ``torch.optim.Optimizer``s: parameter groups, schedulers, ``state_dict``, resume. They take
-leaves and ordinary parameters alike. Any other optimizer trains leaves as well; the weight is then
-written by a hook after its step.
+Ordinary ``torch.optim.Optimizer``s: parameter groups, schedulers, ``state_dict``, GradScaler,
+CUDA graphs, resume. They take leaves and ordinary parameters alike. Any other optimizer trains
+leaves as well; the weight is then written by a hook after its step.
+
+On a GPU one kernel launch per weight dtype steps every tensor, without a host sync; elsewhere the
+plain-torch definition runs tensor by tensor.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from sparseft.modules.leaves import MaskedParameter, masked_by_leaf
-from sparseft.ops.sparse_step import (
-    adamw_step_,
-    adamw_update_reference_,
-    sgd_step_,
-    sgd_update_reference_,
-)
+from sparseft.ops import resolve_backend
+from sparseft.ops._moments import scales_of
+from sparseft.ops.sparse_step import sparse_step_
 
-__all__ = ["SparseAdamW", "SparseSGD"]
+__all__ = ["SparseAdamW", "SparseLion", "SparseSGD"]
+
+# torch.optim's switches that change the result and that we do not have.
+_UNKNOWN_TO_US = ("amsgrad", "maximize")
 
 
 def _check_at_least_zero(owner: str, **values: float) -> None:
@@ -31,28 +35,113 @@ def _check_at_least_zero(owner: str, **values: float) -> None:
             raise ValueError(f"{owner}: {name}={value}; it should be 0 or more.")
 
 
-class _SparseOptimizer(Optimizer):
-    """The loop over groups, leaves and ordinary parameters."""
+def _check_betas(owner: str, betas: tuple[float, float]) -> None:
+    if not all(0.0 <= beta < 1.0 for beta in betas):
+        raise ValueError(f"{owner}: {betas=}; each should be in [0, 1).")
+
+
+class _Kind(NamedTuple):
+    """What tensors of one call of the op have in common."""
+
+    backend: str | None
+    device: torch.device
+    masked: bool
+    contiguous: bool
+    moments: tuple[str, ...]  # SGD may have momentum in one group and none in another
+    moment_bits: int
+    seed: int | None  # None: round to nearest
+
+
+class _Entry(NamedTuple):
+    parameter: Tensor
+    grad: Tensor
+    masked: MaskedParameter | None
+    group: int
+    number: int  # position among all parameters of the optimizer
+
+
+class _SparseOptimizer(Optimizer, ABC):
+    """The loop over groups, leaves and ordinary parameters; a rule adds its hyper-parameters."""
 
     # The hook after each step leaves the writing to us.
     writes_masked_weights: ClassVar[bool] = True
+    # GradScaler then hands over `grad_scale` and `found_inf` as tensors and never waits for them.
+    _step_supports_amp_scaling: ClassVar[bool] = True
+    _rule: ClassVar[str]
+
+    def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
+        owner = type(self).__name__
+        if defaults["moment_bits"] not in (8, 32):
+            raise ValueError(
+                f"{owner}: moment_bits={defaults['moment_bits']}; it should be 8 or 32."
+            )
+        super().__init__(params, defaults)
+
+    @abstractmethod
+    def _hyper(self, group: dict[str, Any]) -> tuple[float, ...]:
+        """Return a group's row as `sparseft.ops.sparse_step.HYPER` names it, without the lr."""
+
+    @abstractmethod
+    def _moments(self, group: dict[str, Any]) -> tuple[str, ...]:
+        """Return the names of the moments in ``state``."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:
         """Take one step on every parameter that has a gradient.
+
+        Two attributes are honoured, as by torch's fused optimizers, where set (GradScaler sets
+        them): tensors ``grad_scale``, by which gradients are divided (the gradients themselves stay
+        as they are), and ``found_inf``, which skips the step where it is not 0.
 
         Args:
             closure: evaluates the model again and returns the loss.
 
         Raises:
             StackOrderError: something was applied on top of a masked weight since `attach`.
+            BackendError: an attachment asked for ``"triton"``, which cannot run here.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        batches = self._collect(recheck=closure is not None)
+        if not batches:
+            return loss
+        self._check_capture(batches)
+        hyper: list[float] = []
+        rates: list[Tensor | None] = []
         for group in self.param_groups:
+            lr = group["lr"]
+            on_device = isinstance(lr, Tensor) and lr.device.type != "cpu"
+            rates.append(lr if on_device else None)
+            hyper += (0.0 if on_device else float(lr), *self._hyper(group))
+        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        factor = None if scale is None else torch.as_tensor(scale, dtype=torch.float32).reciprocal()
+        for kind, entries in batches.items():
+            self._run(kind, entries, hyper, rates, factor, found_inf)
+        return loss
+
+    def _check_capture(self, kinds: Iterable[_Kind]) -> None:
+        if not any(kind.device.type == "cuda" for kind in kinds):
+            return
+        if torch.cuda.is_current_stream_capturing() and not all(
+            group["capturable"] for group in self.param_groups
+        ):
+            raise RuntimeError(
+                f"{type(self).__name__}: this step is being captured in a CUDA graph, but "
+                "capturable=False; build the optimizer with capturable=True."
+            )
+
+    def _collect(self, *, recheck: bool) -> dict[_Kind, list[_Entry]]:
+        """Sort what has a gradient by what one call of the op can take."""
+        batches: dict[_Kind, list[_Entry]] = {}
+        number = -1
+        for index, group in enumerate(self.param_groups):
+            moments = self._moments(group)
+            seed = group["seed"] if group["stochastic_rounding"] else None
+            bits = group["moment_bits"]
             for parameter in group["params"]:
+                number += 1
                 if parameter.grad is None:
                     continue
                 if parameter.grad.is_sparse:
@@ -61,16 +150,145 @@ class _SparseOptimizer(Optimizer):
                         f"shape {tuple(parameter.shape)}; make the layer with sparse=False."
                     )
                 masked = masked_by_leaf(parameter)
+                weight, backend = parameter, None
                 if masked is not None:
-                    masked.require_top("take an optimizer step on")
+                    # The hook before each step has checked this, but a closure ran since.
+                    if recheck:
+                        masked.require_top("take an optimizer step on")
                     masked.follow_weight_()
-                self._update(group, parameter, parameter.grad, masked)
-        return loss
+                    weight, backend = masked.weight, masked.backend
+                grad = parameter.grad
+                contiguous = (
+                    grad.is_contiguous() and weight.is_contiguous() and parameter.is_contiguous()
+                )
+                kind = _Kind(
+                    backend, parameter.device, masked is not None, contiguous, moments, bits, seed
+                )  # fmt: skip
+                entry = _Entry(parameter, grad, masked, index, number)
+                batches.setdefault(kind, []).append(entry)
+        return batches
 
-    def _update(
-        self, group: dict[str, Any], p: Tensor, grad: Tensor, masked: MaskedParameter | None
+    def _run(
+        self,
+        kind: _Kind,
+        entries: list[_Entry],
+        hyper: list[float],
+        rates: list[Tensor | None],
+        factor: Tensor | None,
+        found_inf: Tensor | None,
     ) -> None:
-        raise NotImplementedError
+        touched = [t for e in entries for t in (e.parameter, e.grad)]
+        if kind.masked:
+            touched += [e.masked.weight for e in entries if e.masked is not None]
+        backend = resolve_backend("sparse_step_", *touched, backend=kind.backend)
+        columns: list[list[Tensor]] = [[] for _ in range(4)]
+        steps = []
+        for entry in entries:
+            state = self._state(entry, kind, on_device=backend == "triton")
+            steps.append(state["step"])
+            for place, name in enumerate(kind.moments):
+                columns[place].append(state[name])
+                if kind.moment_bits == 8:
+                    columns[2 + place].append(state[f"{name}_scale"])
+        written = [e.masked for e in entries if e.masked is not None]
+        sparse_step_(
+            self._rule,
+            [e.parameter for e in entries],
+            [e.grad for e in entries],
+            *columns,
+            [m.weight for m in written],
+            [m.base for m in written],
+            [m.indices for m in written],
+            steps,
+            [e.group for e in entries],
+            [e.number for e in entries],
+            hyper,
+            rates,
+            _scalar(factor, kind.device),
+            _scalar(found_inf, kind.device),
+            kind.seed,
+            backend,
+        )
+
+    def _state(self, entry: _Entry, kind: _Kind, *, on_device: bool) -> dict[str, Any]:
+        """Return a parameter's state, made at its first step and checked at each."""
+        p, names = entry.parameter, kind.moments
+        state = self.state[p]
+        if "step" not in state or any(state.get(name) is None for name in names):
+            group = self.param_groups[entry.group]
+            self._start(state, p, kind, on_device=on_device or group["capturable"])
+        step = state["step"]
+        if on_device and (step.device != p.device or step.dtype != torch.float32):
+            state["step"] = step.to(p.device, torch.float32, non_blocking=True)
+        for place, name in enumerate(names):
+            moment = state[name]
+            dtype = _code_dtype(place) if kind.moment_bits == 8 else p.dtype
+            if moment.shape != p.shape or moment.dtype != dtype or moment.device != p.device:
+                raise ValueError(
+                    f"{type(self).__name__}: state {name!r} of parameter {entry.number} is "
+                    f"{moment.dtype} {tuple(moment.shape)} on {moment.device}; the parameter and "
+                    f"moment_bits={kind.moment_bits} want {dtype} {tuple(p.shape)} on {p.device}. "
+                    "Load a state dict of these parameters, after moving the model."
+                )
+        return state
+
+    def _start(self, state: dict[str, Any], p: Tensor, kind: _Kind, *, on_device: bool) -> None:
+        names = kind.moments
+        missing = [n for n in names if state.get(n) is None]
+        # A state of torch.optim.SGD counts no steps; its buffer then is past the first. A buffer
+        # made later (momentum switched on) starts over.
+        started = 0.0 if missing or not names else 1.0
+        if "step" not in state:
+            # On a CPU unless the kernel counts, as torch.optim keeps it: read without a sync.
+            where = p.device if on_device else torch.device("cpu")
+            state["step"] = torch.full((), started, device=where)
+        elif missing:
+            state["step"].zero_()
+        for place, name in enumerate(names):
+            if name not in missing:
+                continue
+            if kind.moment_bits == 32:
+                state[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
+            else:
+                state[name] = torch.zeros(p.shape, dtype=_code_dtype(place), device=p.device)
+                state[f"{name}_scale"] = torch.zeros(scales_of(p.numel()), device=p.device)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for name in _UNKNOWN_TO_US:
+                if group.get(name):
+                    raise ValueError(
+                        f"{type(self).__name__}: the state was made with {name}=True, which would "
+                        "be ignored here; go on with the torch.optim class that made it."
+                    )
+            for name, default in self.defaults.items():
+                group.setdefault(name, default)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what ``state_dict`` returned, ours or torch.optim's of the same rule.
+
+        Raises:
+            ValueError: other groups or parameters; ``amsgrad`` or ``maximize``.
+        """
+        super().load_state_dict(state_dict)
+        # torch casts all state to the parameter's dtype; codes and their scales are put back.
+        for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
+            for key, p in zip(saved["params"], group["params"], strict=True):
+                for name, value in state_dict["state"].get(key, {}).items():
+                    if name.endswith("_scale") or getattr(value, "dtype", None) in _CODES:
+                        self.state[p][name] = value.to(p.device, copy=True)
+
+
+_CODES = (torch.int8, torch.uint8)
+
+
+def _code_dtype(place: int) -> torch.dtype:
+    return _CODES[place]  # first moments are signed
+
+
+def _scalar(x: Tensor | None, device: torch.device) -> Tensor | None:
+    return None if x is None else x.to(device, torch.float32, non_blocking=True).reshape(())
 
 
 class SparseAdamW(_SparseOptimizer):
@@ -81,17 +299,28 @@ class SparseAdamW(_SparseOptimizer):
 
     Args:
         params: leaves, ordinary parameters, or groups of them.
-        lr: learning rate, a float or a 0-d tensor.
+        lr: learning rate, a float or a 0-d tensor (on the parameters' device for CUDA graphs).
         betas: decay rates of the two moments, each in [0, 1).
         eps: added to the denominator.
         weight_decay: decoupled; pulls a diff to zero, that is the weight to its base.
+        capturable: count steps on the device, so that ``step()`` can be captured in a CUDA graph.
+        moment_bits: 8 keeps a byte per moment and entry, with one scale per 256 entries (the map is
+            in `sparseft.ops._moments`); 32 keeps them in the parameter's dtype.
+        stochastic_rounding: write masked bf16 and fp16 weights as ``sr(base + leaf)``, whose mean
+            is the exact sum. The leaf stays the fp32 master either way, so nothing small is lost by
+            rounding to nearest; this removes the bias of the weights the forward pass sees.
+            `Attachment.sync_` and loading a state write the nearest again.
+        seed: of the stochastic rounding, with parameter number, flat index and step.
 
     Raises:
         ValueError: a hyper-parameter out of range.
 
-    Numerics: bit-equal to ``torch.optim.AdamW(foreach=False, fused=False)``, whose state dicts it
-    shares. Source: Loshchilov & Hutter, ICLR 2019, algorithm 2.
+    Numerics: with the defaults the reference is bit-equal to ``torch.optim.AdamW(foreach=False,
+    fused=False)``, whose state dicts it shares; the kernel computes in fp32 with correctly rounded
+    divisions and roots. Source: Loshchilov & Hutter, ICLR 2019, algorithm 2.
     """
+
+    _rule = "adamw"
 
     def __init__(
         self,
@@ -100,47 +329,79 @@ class SparseAdamW(_SparseOptimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
+        *,
+        capturable: bool = False,
+        moment_bits: int = 32,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
     ) -> None:
         _check_at_least_zero("SparseAdamW", lr=float(lr), eps=eps, weight_decay=weight_decay)
-        if not all(0.0 <= beta < 1.0 for beta in betas):
-            raise ValueError(f"SparseAdamW: {betas=}; each should be in [0, 1).")
-        super().__init__(
-            params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        )
-
-    def _update(
-        self, group: dict[str, Any], p: Tensor, grad: Tensor, masked: MaskedParameter | None
-    ) -> None:
-        state = self.state[p]
-        if not state:
-            # As torch.optim.AdamW keeps it, so that either resumes the other's checkpoint.
-            state["step"] = torch.tensor(0.0)
-            state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-            state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-        state["step"] += 1
-        beta1, beta2 = group["betas"]
-        rates: dict[str, Any] = {
-            "lr": float(group["lr"]),
-            "beta1": float(beta1),
-            "beta2": float(beta2),
-            "eps": group["eps"],
-            "weight_decay": group["weight_decay"],
-            "step": int(state["step"]),
+        _check_betas("SparseAdamW", betas)
+        shared = {
+            "capturable": capturable,
+            "moment_bits": moment_bits,
+            "stochastic_rounding": stochastic_rounding,
+            "seed": seed,
         }
-        if masked is None:
-            adamw_update_reference_(p, grad, state["exp_avg"], state["exp_avg_sq"], **rates)
-            return
-        adamw_step_(
-            p,
-            grad,
-            state["exp_avg"],
-            state["exp_avg_sq"],
-            masked.weight,
-            masked.base,
-            masked.indices,
-            backend=masked.backend,
-            **rates,
-        )
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, defaults | shared)
+
+    def _hyper(self, group: dict[str, Any]) -> tuple[float, ...]:
+        beta1, beta2 = group["betas"]
+        return group["weight_decay"], float(beta1), float(beta2), group["eps"], 0.0
+
+    def _moments(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return "exp_avg", "exp_avg_sq"
+
+
+class SparseLion(_SparseOptimizer):
+    """Lion whose step on a compact leaf also writes ``W[indices] = rn(base + leaf)``.
+
+    ``leaf *= 1 - lr*wd;  leaf -= lr * sign(b1 m + (1-b1) g);  m = b2 m + (1-b2) g``
+
+    Args:
+        params: leaves, ordinary parameters, or groups of them.
+        lr: length of every entry's step, as a rule 3 to 10 times below AdamW's.
+        betas: share of the momentum in the direction, and its decay rate; each in [0, 1).
+        weight_decay: decoupled; as a rule 3 to 10 times above AdamW's.
+        capturable, moment_bits, stochastic_rounding, seed: as in :class:`SparseAdamW`.
+
+    Raises:
+        ValueError: a hyper-parameter out of range.
+
+    Source: Chen et al., "Symbolic Discovery of Optimization Algorithms", 2023, arXiv 2302.06675.
+    """
+
+    _rule = "lion"
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.0,
+        *,
+        capturable: bool = False,
+        moment_bits: int = 32,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
+    ) -> None:
+        _check_at_least_zero("SparseLion", lr=float(lr), weight_decay=weight_decay)
+        _check_betas("SparseLion", betas)
+        shared = {
+            "capturable": capturable,
+            "moment_bits": moment_bits,
+            "stochastic_rounding": stochastic_rounding,
+            "seed": seed,
+        }
+        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay} | shared)
+
+    def _hyper(self, group: dict[str, Any]) -> tuple[float, ...]:
+        beta1, beta2 = group["betas"]
+        return group["weight_decay"], float(beta1), float(beta2), 0.0, 0.0
+
+    def _moments(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return ("exp_avg",)
 
 
 class SparseSGD(_SparseOptimizer):
@@ -156,13 +417,16 @@ class SparseSGD(_SparseOptimizer):
         dampening: of the momentum.
         weight_decay: added to the gradient; pulls a diff to zero, that is the weight to its base.
         nesterov: needs momentum and no dampening.
+        capturable, moment_bits, stochastic_rounding, seed: as in :class:`SparseAdamW`.
 
     Raises:
         ValueError: a hyper-parameter out of range.
 
-    Numerics: bit-equal to ``torch.optim.SGD(foreach=False, fused=False)``, whose state dicts it
-    shares.
+    Numerics: with the defaults the reference is bit-equal to ``torch.optim.SGD(foreach=False,
+    fused=False)``, whose state dicts it shares (with a ``step`` besides, which torch ignores).
     """
+
+    _rule = "sgd"
 
     def __init__(
         self,
@@ -172,6 +436,11 @@ class SparseSGD(_SparseOptimizer):
         dampening: float = 0.0,
         weight_decay: float = 0.0,
         nesterov: bool = False,
+        *,
+        capturable: bool = False,
+        moment_bits: int = 32,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
     ) -> None:
         _check_at_least_zero(
             "SparseSGD", lr=float(lr), momentum=momentum, weight_decay=weight_decay
@@ -187,32 +456,16 @@ class SparseSGD(_SparseOptimizer):
             "dampening": dampening,
             "weight_decay": weight_decay,
             "nesterov": nesterov,
+            "capturable": capturable,
+            "moment_bits": moment_bits,
+            "stochastic_rounding": stochastic_rounding,
+            "seed": seed,
         }
         super().__init__(params, defaults)
 
-    def _update(
-        self, group: dict[str, Any], p: Tensor, grad: Tensor, masked: MaskedParameter | None
-    ) -> None:
-        state = self.state[p]
-        first, buffer = False, None
-        if group["momentum"] != 0:
-            buffer = state.get("momentum_buffer")
-            first = buffer is None
-            if buffer is None:
-                buffer = state["momentum_buffer"] = torch.empty_like(p)
-        rates = {key: float(group[key]) for key in ("lr", "momentum", "dampening", "weight_decay")}
-        if masked is None:
-            sgd_update_reference_(p, grad, buffer, nesterov=group["nesterov"], first=first, **rates)
-            return
-        sgd_step_(
-            p,
-            grad,
-            buffer,
-            masked.weight,
-            masked.base,
-            masked.indices,
-            nesterov=group["nesterov"],
-            first=first,
-            backend=masked.backend,
-            **rates,
-        )
+    def _hyper(self, group: dict[str, Any]) -> tuple[float, ...]:
+        momentum, dampening = float(group["momentum"]), float(group["dampening"])
+        return group["weight_decay"], momentum, dampening, 0.0, float(group["nesterov"])
+
+    def _moments(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return ("momentum_buffer",) if group["momentum"] != 0 else ()

@@ -17,7 +17,7 @@ from sparseft.ops.apply_diff import (
     write_sum_,
 )
 from sparseft.ops.sampled_grad import sampled_embedding_grad, sampled_weight_grad
-from sparseft.ops.sparse_step import adamw_step_, sgd_step_
+from sparseft.ops.sparse_step import adamw_step_, lion_step_, sgd_step_
 from sparseft.ops.topk import StreamingTopK, TopK, topk_differences, topk_patterns, topk_single
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "backend",
     "current_backend",
     "gather_entries",
+    "lion_step_",
     "resolve_backend",
     "sampled_embedding_grad",
     "sampled_weight_grad",

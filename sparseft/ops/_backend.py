@@ -30,8 +30,23 @@ _NAMES = ("auto", "reference", "triton")
 _ENV = "SPARSEFT_BACKEND"
 # Ops that have a Triton kernel. An op is added here by the change that adds its launcher.
 _TRITON_OPS = frozenset(
-    {"gather_entries", "topk_differences", "topk_patterns", "write_entries_", "write_sum_"}
+    {
+        "adamw_step_",
+        "gather_entries",
+        "lion_step_",
+        "sampled_embedding_grad",
+        "sampled_weight_grad",
+        "sgd_step_",
+        "sparse_step_",
+        "topk_differences",
+        "topk_patterns",
+        "write_entries_",
+        "write_sum_",
+    }
 )
+
+# Those whose kernels take operands of any strides, instead of a copy or a refusal.
+_STRIDED_OPS = frozenset({"sampled_embedding_grad", "sampled_weight_grad"})
 
 _log = logging.getLogger("sparseft.backend")
 # Process-wide on purpose: CUDA backward runs in autograd's own threads, which a thread-local or
@@ -107,7 +122,7 @@ def _why_not_triton(op: str, tensors: tuple[Tensor, ...]) -> str | None:
             f"its tensors lie on {device}; Triton needs CUDA or ROCm "
             "(or TRITON_INTERPRET=1 on CPU, for tests)"
         )
-    if not all(t.is_contiguous() for t in tensors):
+    if op not in _STRIDED_OPS and not all(t.is_contiguous() for t in tensors):
         return "one of its tensors is not contiguous"
     missing = _missing_package()
     return None if missing is None else f"the Python package {missing!r} is not installed"

@@ -48,6 +48,22 @@ def samples() -> dict[str, list[tuple]]:
                 1e-2, 0.9, 0.999, 1e-8, 0.1, 3,
             )
         ],
+        "lion_step_": [
+            (rand(n), rand(n), rand(n), weight, rand(n), i, 1e-2, 0.9, 0.99, 0.1),
+        ],
+        "sparse_step_": [
+            (
+                "adamw", [rand(n), rand(n)], [rand(n), rand(n)], [rand(n), rand(n)],
+                [rand(n).abs(), rand(n).abs()], [], [], [weight, rand(6, 5)], [rand(n), rand(n)],
+                [i, i], [torch.tensor(2.0), torch.tensor(0.0)], [0, 1], [0, 1],
+                [1e-2, 0.1, 0.9, 0.999, 1e-8, 0.0] * 2, [None, None],
+            ),
+            (
+                "lion", [rand(3, 4)], [rand(3, 4)], [rand(3, 4)], [], [], [], [], [], [],
+                [torch.tensor(0.0)], [0], [0], [1e-2, 0.1, 0.9, 0.99, 0.0, 0.0], [None],
+                torch.tensor(0.5), torch.tensor(0.0), 7, "reference",
+            ),
+        ],
         "sgd_step_": [
             (rand(n), rand(n), rand(n), weight, rand(n), i, 1e-2, 0.9, 0.0, False, 0.1, False),
             (rand(n), rand(n), None, weight, rand(n), i, 1e-2, 0.0, 0.0, False, 0.0, True, 0.5),

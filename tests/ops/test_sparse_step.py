@@ -164,5 +164,5 @@ def test_errors_name_the_vector():
         ops.adamw_step_(z, z.bfloat16(), z, z, weight, base, pattern.indices, **step)
     with pytest.raises(DiffError, match="momentum=0.9 with momentum_buffer missing"):
         ops.sgd_step_(z, z, None, weight, base, pattern.indices, lr=1e-2, momentum=0.9)
-    with pytest.raises(BackendError, match="adamw_step_ has no Triton kernel"):
+    with pytest.raises(BackendError, match="adamw_step_: backend 'triton' .* lie on cpu"):
         ops.adamw_step_(z, z, z, z, weight, base, pattern.indices, backend="triton", **step)
