@@ -406,6 +406,7 @@ def _bracket(source: _Source, k: int) -> Tensor:
                 BLOCK=TOPK.block, num_warps=TOPK.num_warps, num_stages=1,
                 enable_fp_fusion=False, **types,
             )  # fmt: skip
+    del lane, position, tensor, index  # 16 MiB, before the sort takes as much
     ranked = keys.sort(descending=True).values
     rank = max(1, k * lanes // total)
     # The rank of the k-th key among independent samples has a standard deviation of sqrt(rank).

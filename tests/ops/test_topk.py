@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tracemalloc
+import weakref
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from sparseft import ops
 from sparseft.diff import SparsePattern
-from sparseft.errors import MaskError
+from sparseft.errors import BackendError, MaskError
 from sparseft.ops import topk
 from sparseft.ops.topk import topk_reference
 
@@ -222,3 +223,89 @@ def test_single_tensor_forms():
     with pytest.raises(MaskError, match="'w' hold NaN"):
         ops.topk_single(scores * float("nan"), 2, per_row=True, name="w")
     assert ops.topk_single(torch.rand(6), 2, per_row=True).nnz == 2
+
+
+def pairs_of(shapes, dtype1=torch.float32, dtype0=torch.float32):
+    return [
+        (f"t{i}", torch.randn(s).to(dtype1), torch.randn(s).to(dtype0))
+        for i, s in enumerate(shapes)
+    ]
+
+
+@pytest.mark.parametrize("chunk", [7, 1 << 20])
+@pytest.mark.parametrize("dtype1", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype0", [torch.bfloat16, torch.float64], ids=str)
+def test_differences_are_taken_wide(dtype0, dtype1, chunk, monkeypatch):
+    """In fp32, or fp64 if either side is, a piece at a time, and the tensors stay as they are."""
+    monkeypatch.setattr(topk, "_CHUNK", chunk)
+    pairs = pairs_of([(9, 5), (), (0, 3), (4,)], dtype1, dtype0)
+    before = [(a.clone(), b.clone()) for _, a, b in pairs]
+    wide = torch.float64 if torch.float64 in (dtype0, dtype1) else torch.float32
+    scores = [(name, (a.to(wide) - b.to(wide)).abs()) for name, a, b in pairs]
+    for nnz in (0, 1, 20, 50):
+        got = ops.topk_differences(pairs, nnz)
+        assert_same(got.patterns, topk_reference(scores, nnz), nnz)
+    for (_, a, b), (c, d) in zip(pairs, before, strict=True):
+        assert torch.equal(a, c)
+        assert torch.equal(b, d)
+
+
+def test_differences_of_strided_tensors(monkeypatch):
+    monkeypatch.setattr(topk, "_CHUNK", 50)
+    theta1, theta0 = torch.randn(30, 20).t(), torch.randn(20, 60)[:, ::2]
+    for pair in ((theta1, theta0), (theta0, theta1), (theta1.contiguous(), theta0)):
+        scores = [("a", (pair[0] - pair[1]).abs())]
+        got = ops.topk_differences([("a", *pair)], 77)
+        assert_same(got.patterns, topk_reference(scores, 77), 77)
+
+
+def test_zeros_count_the_entries_kept_to_fill_up():
+    theta1, theta0 = torch.tensor([1.0, 0.0, 3.0, 4.0]), torch.tensor([1.0, 2.0, 3.0, 4.0])
+    pairs = [("a", theta1, theta0), ("b", theta0, theta0)]
+    assert [ops.topk_differences(pairs, nnz).zeros for nnz in (0, 1, 2, 8)] == [0, 0, 1, 7]
+
+
+def test_pairs_off_the_gpu_are_not_gathered():
+    """One pair is alive at a time, so a checkpoint may be read tensor by tensor."""
+    alive: list[weakref.ref] = []
+
+    def pairs():
+        for i in range(4):
+            assert sum(r() is not None for r in alive) <= 2
+            theta1 = torch.rand(50)
+            alive.append(weakref.ref(theta1))
+            yield f"t{i}", theta1, torch.rand(50)
+            del theta1
+
+    assert sum(p.nnz for p in ops.topk_differences(pairs(), 10).patterns.values()) == 10
+    assert len(alive) == 4
+
+
+def test_bad_differences_are_named():
+    ones, bad = torch.ones(6), torch.ones(6)
+    bad[4:] = float("inf")
+    with pytest.raises(MaskError, match=r"of 'a' are NaN \(first at flat index 4\).*diverge"):
+        ops.topk_differences([("a", bad, bad)], 2)
+    with pytest.raises(MaskError, match=r"theta1 of 'a' has shape \(6,\) but theta0 has \(2, 3\)"):
+        ops.topk_differences([("a", ones, ones.view(2, 3))], 2)
+    with pytest.raises(MaskError, match="theta0 of 'a' has dtype torch.int64"):
+        ops.topk_differences([("a", ones, ones.long())], 2)
+    with pytest.raises(MaskError, match="'a' have dtype torch.int64"):
+        ops.topk_differences([("a", ones.long(), ones)], 2)
+    with pytest.raises(MaskError, match="'a' were added twice"):
+        ops.topk_differences([("a", ones, ones)] * 2, 2)
+    with pytest.raises(MaskError, match="nnz=7 entries.*only 6"):
+        ops.topk_differences([("a", ones, ones)], 7)
+
+
+def test_triton_is_refused_with_the_reason(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    ones = torch.ones(6)
+    for call in (
+        lambda: ops.topk_differences([("a", ones, ones)], 2, backend="triton"),
+        lambda: ops.topk_patterns([("a", ones)], 2, backend="triton"),
+        lambda: ops.topk_patterns(lambda: iter([("a", ones)]), 2, backend="triton"),
+        lambda: ops.topk_single(ones, 2, backend="triton"),
+    ):
+        with pytest.raises(BackendError, match="lie on cpu"):
+            call()
