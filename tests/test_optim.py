@@ -1,4 +1,4 @@
-"""SparseAdamW and SparseSGD against torch.optim, bit for bit, and as ordinary optimizers."""
+"""The sparse optimizers: torch.optim bit for bit, ordinary optimizers, and their options."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from sparseft import SparseAdamW, SparseSGD, attach
+from sparseft import SparseAdamW, SparseLion, SparseSGD, attach
+from sparseft.errors import BaseMismatchError
+from sparseft.ops._moments import QUANTUM, decode_moment, encode_moment_
+from sparseft.ops._rounding import rounds_either_way
 
 ADAMW = [
     {},
@@ -179,6 +182,8 @@ def test_parameters_without_gradient_stay():
         (SparseAdamW, {"eps": float("nan")}, "eps"),
         (SparseSGD, {"momentum": -0.1}, "momentum"),
         (SparseSGD, {"nesterov": True}, "nesterov"),
+        (SparseLion, {"betas": (1.0, 0.9)}, "betas"),
+        (SparseLion, {"lr": -1.0}, "lr"),
     ],
 )
 def test_hyper_parameters_out_of_range(kind, options, word):
@@ -192,3 +197,236 @@ def test_sparse_layout_gradients_are_refused():
     layer(torch.tensor([1, 2])).sum().backward()
     with pytest.raises(RuntimeError, match="sparse=False"):
         optimizer.step()
+
+
+# Options: Lion, device scalars, stochastic rounding, 8-bit moments.
+
+
+def lion_in_float64(p, grad, m, lr, betas, decay):
+    p = p * (1 - lr * decay)
+    p = p - lr * torch.sign(betas[0] * m + (1 - betas[0]) * grad)
+    return p, betas[1] * m + (1 - betas[1]) * grad
+
+
+def test_lion_is_the_paper_s():
+    _, sparse = attached()
+    options = {"lr": 1e-2, "betas": (0.8, 0.95), "weight_decay": 0.3}
+    optimizer = SparseLion(sparse.parameters(), **options)
+    exact = [(p.detach().double(), torch.zeros(p.shape).double()) for p in sparse.parameters()]
+    for step in range(10):
+        set_gradients(sparse, step)
+        optimizer.step()
+        exact = [
+            lion_in_float64(p, q.grad.double(), m, 1e-2, (0.8, 0.95), 0.3)
+            for (p, m), q in zip(exact, sparse.parameters(), strict=True)
+        ]
+        assert written(sparse)
+    for (p, m), q in zip(exact, sparse.parameters(), strict=True):
+        torch.testing.assert_close(q.detach().double(), p, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(optimizer.state[q]["exp_avg"].double(), m, rtol=1e-5, atol=1e-7)
+
+
+KINDS = [
+    (SparseAdamW, {"weight_decay": 0.1}),
+    (SparseLion, {"weight_decay": 0.1}),
+    (SparseSGD, {"momentum": 0.9, "dampening": 0.5}),
+]
+
+
+@pytest.mark.parametrize(("kind", "options"), KINDS)
+def test_found_inf_and_grad_scale(kind, options):
+    """GradScaler's protocol: a skipped step changes nothing, not even what the first step is."""
+    (_, a), (_, b) = attached(), attached()
+    one, other = (kind(s.parameters(), lr=1e-2, **options) for s in (a, b))
+    before = [p.detach().clone() for p in a.parameters()]
+    one.found_inf, one.grad_scale = torch.tensor(1.0), torch.tensor(8.0)
+    set_gradients(a, 99)
+    one.step()
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), before, strict=True))
+    one.found_inf = torch.tensor(0.0)
+    for step in range(3):
+        for sparse, optimizer, scale in ((a, one, 8.0), (b, other, 1.0)):
+            set_gradients(sparse, step)
+            for p in sparse.parameters():
+                p.grad.mul_(scale)
+            optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+    assert written(a)
+
+
+@pytest.mark.parametrize(("kind", "options"), KINDS)
+def test_grad_scaler(kind, options):
+    """With torch's GradScaler, overflow included, as torch's own AdamW: no step, half the scale."""
+    (_, a), (_, b) = attached(), attached()
+    one, plain = (kind(s.parameters(), lr=1e-2, **options) for s in (a, b))
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
+    for step in range(5):
+        set_gradients(a, step)
+        set_gradients(b, step)
+        scale = float(scaler.scale(torch.tensor(1.0)))
+        for p in a.parameters():
+            p.grad.mul_(scale)
+        if step == 2:
+            next(iter(a.parameters())).grad[0] = float("inf")
+        else:
+            plain.step()
+        scaler.step(one)
+        scaler.update()
+        assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+    assert scaler.get_scale() == 2048.0
+
+
+@pytest.mark.parametrize(("kind", "options"), KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_eight_bit_moments_survive_a_state_dict(kind, options, dtype):
+    def build(sparse):
+        return kind(sparse.parameters(), lr=1e-2, moment_bits=8, **options)
+
+    (_, a), (_, b) = attached(dtype), attached(dtype)
+    one, two = build(a), build(b)
+    for step in range(3):
+        for sparse, optimizer in ((a, one), (b, two)):
+            set_gradients(sparse, step)
+            optimizer.step()
+    again = kind(b.parameters(), lr=1.0)  # the groups of the state dict carry moment_bits
+    again.load_state_dict(copy.deepcopy(two.state_dict()))
+    for p in b.parameters():
+        for name, value in two.state[p].items():
+            assert torch.equal(again.state[p][name], value), name
+            assert again.state[p][name].dtype == value.dtype
+    moments = [
+        v for s in again.state.values() for n, v in s.items() if v.dim() and "scale" not in n
+    ]
+    assert {m.dtype for m in moments} <= {torch.int8, torch.uint8}
+    for step in range(3, 6):
+        for sparse, optimizer in ((a, one), (b, again)):
+            set_gradients(sparse, step)
+            optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+    assert written(b)
+
+
+@pytest.mark.parametrize(("kind", "options"), KINDS[::2])
+def test_eight_bit_moments_follow_the_fp32_ones(kind, options):
+    """A noisy quadratic in 600 dimensions: the same way down, within a few percent."""
+    torch.manual_seed(0)
+    goal = torch.randn(600) * torch.logspace(-2, 1, 600)
+    noise = [0.1 * torch.randn(600) for _ in range(150)]
+    ends = []
+    for bits in (32, 8):
+        p = nn.Parameter(torch.zeros(600))
+        optimizer = kind([p], lr=0.05, moment_bits=bits, **options)
+        for shake in noise:
+            p.grad = p.detach() - goal + shake
+            optimizer.step()
+        ends.append(float((p.detach() - goal).square().mean()))
+    assert ends[1] == pytest.approx(ends[0], rel=0.05)
+    assert ends[0] < 0.9 * float(goal.square().mean())
+
+
+def test_moment_codes_keep_small_values():
+    """Half a code: of x relative to the largest, 1 / (127 sqrt(x)) or 2 / (255 x^(1/4)) of itself;
+    and no second moment down to 0.
+    """
+    size = torch.logspace(-2, 0, QUANTUM)
+    m, v = size * torch.randn(QUANTUM).sign(), size**2
+    for x, dtype, half in (
+        (m, torch.int8, 1 / (127 * size.sqrt())),
+        (v, torch.uint8, 2 / (255 * size.sqrt())),
+    ):
+        codes, scales = torch.zeros(QUANTUM, dtype=dtype), torch.zeros(1)
+        encode_moment_(x, codes, scales)
+        back = decode_moment(codes, scales)
+        assert ((back - x).abs() <= 1.1 * half * x.abs()).all()
+        assert back.abs().argmax() == x.abs().argmax()
+    tiny = torch.tensor([1.0, 1e-30] + [0.0] * 10)
+    codes, scales = torch.zeros(12, dtype=torch.uint8), torch.zeros(1)
+    encode_moment_(tiny, codes, scales)
+    assert codes.tolist() == [255, 1] + [0] * 10
+
+
+def test_stochastic_rounding_is_unbiased_reproducible_and_loads():
+    def run(seed):
+        model, sparse = attached(torch.bfloat16)
+        optimizer = SparseAdamW(
+            sparse.leaves.values(), lr=1e-4, stochastic_rounding=True, seed=seed
+        )
+        (masked,) = sparse._masked.values()
+        up = 0.0
+        for step in range(200):
+            set_gradients(sparse, step)
+            optimizer.step()
+            exact = masked.base.float() + masked.leaf.detach()
+            got = masked.weight.detach().flatten()[masked.indices.long()]
+            assert rounds_either_way(got, masked.base, masked.leaf)
+            up += float((got.float() - exact).sum())
+        return model, sparse, up / exact.abs().sum().item()
+
+    model, sparse, bias = run(3)
+    again, _, _ = run(3)
+    other, _, _ = run(4)
+    weight = model[0].weight
+    assert torch.equal(weight, again[0].weight)
+    assert not torch.equal(weight, other[0].weight)
+    assert not written(sparse)
+    # 200 draws of errors below 2**-8, uniform: five standard deviations of their sum
+    assert abs(bias) < 5 * 200**0.5 * 2**-8 / 3**0.5
+    # A checkpoint of it belongs to its base; loading rounds to nearest.
+    state = copy.deepcopy(model.state_dict())
+    fresh, sparse = attached(torch.bfloat16)
+    fresh.load_state_dict(state)
+    assert written(sparse)
+    state["0.weight"].add_(1.0)
+    with pytest.raises(BaseMismatchError):
+        attached(torch.bfloat16)[0].load_state_dict(state)
+
+
+def test_momentum_switched_on_later_starts_with_the_gradient():
+    (_, a), (_, b) = attached(), attached()
+    one = SparseSGD(a.parameters(), lr=1e-2)
+    other = torch.optim.SGD(b.parameters(), lr=1e-2, foreach=False)
+    for step in range(6):
+        for sparse, optimizer in ((a, one), (b, other)):
+            if step == 3:
+                optimizer.param_groups[0].update(momentum=0.9, dampening=0.5)
+            set_gradients(sparse, step)
+            optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("ours", [SparseAdamW, SparseSGD])
+def test_torch_s_groups_load_too(ours):
+    theirs = {SparseAdamW: torch.optim.AdamW, SparseSGD: torch.optim.SGD}[ours]
+    (_, a), (_, b) = attached(), attached()
+    one, other = ours(a.parameters(), lr=1.0), theirs(b.parameters(), lr=1e-2, foreach=False)
+    set_gradients(b, 0)
+    other.step()
+    with torch.no_grad():
+        for p, q in zip(a.parameters(), b.parameters(), strict=True):
+            p.copy_(q)
+    one.load_state_dict(copy.deepcopy(other.state_dict()))
+    for sparse, optimizer in ((a, one), (b, other)):
+        set_gradients(sparse, 1)
+        optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+    other.param_groups[0]["maximize"] = True
+    with pytest.raises(ValueError, match="maximize=True"):
+        one.load_state_dict(other.state_dict())
+
+
+def test_state_that_does_not_fit_is_named():
+    _, sparse = attached()
+    optimizer = SparseAdamW(sparse.parameters())
+    set_gradients(sparse, 0)
+    optimizer.step()
+    leaf = next(iter(sparse.leaves.values()))
+    optimizer.state[leaf]["exp_avg"] = torch.zeros(1)
+    with pytest.raises(ValueError, match=r"state 'exp_avg' of parameter 0 is .*\(1,\)"):
+        optimizer.step()
+    with pytest.raises(ValueError, match="moment_bits=16"):
+        SparseLion([leaf], moment_bits=16)
+
+
+def test_the_base_class_is_abstract():
+    with pytest.raises(TypeError, match="abstract"):
+        SparseAdamW.__base__([nn.Parameter(torch.zeros(1))], {"moment_bits": 32})

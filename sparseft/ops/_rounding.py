@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["philox", "round_stochastically"]
+__all__ = ["philox", "round_stochastically", "rounds_either_way"]
 
 _WORD = 0xFFFFFFFF
 
@@ -57,3 +57,19 @@ def round_stochastically(
         fine = units.float() * 2.0**-24
         out = torch.where(small, torch.where(x < 0, -fine, fine), out)
     return out.to(dtype)
+
+
+def rounds_either_way(found: Tensor, base: Tensor, values: Tensor) -> bool:
+    """Tell whether bf16 or fp16 entries are ``base + values``, rounded up or down."""
+    if found.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    exact = base.float() + values.detach().to(base.device).float()
+    nearest = exact.to(found.dtype)
+
+    def rank(x: Tensor) -> Tensor:  # consecutive integers for consecutive values
+        bits = x.view(torch.int16).int()
+        return torch.where(bits < 0, -(bits & 0x7FFF), bits)
+
+    apart = rank(found) - rank(nearest)
+    other_side = (exact - nearest.float()).sign().int()
+    return bool(((apart == 0) | (apart == other_side)).all())
