@@ -158,8 +158,33 @@ def task_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return functional.cross_entropy(logits, batch["labels"])
 
 
-def _warmup(steps: int) -> int:
-    return max(1, steps // 10)
+def _trainer(
+    model: nn.Module,
+    phase: Phase,
+    batches: Sequence[Any],
+    loss_fn: Callable[[Any, Any], Tensor],
+    lr: float,
+    watches: list[_Watch],
+    report: Report | None,
+) -> LoopTrainer:
+    """Return the trainer of one phase, which takes the batches in order and is watched."""
+    watches.append(_Watch(phase, report))
+    trainer = LoopTrainer(
+        model,
+        batches,
+        steps=len(batches),
+        output_dir=phase.output_dir,
+        collate=_take_first,
+        loss_fn=loss_fn,
+        batch_size=1,
+        shuffle=False,
+        lr=lr,
+        warmup_steps=max(1, len(batches) // 10),
+        save_every=200,
+        seed=phase.seed,
+    )
+    trainer.add_callback(watches[-1])
+    return trainer
 
 
 def train_language(
@@ -190,23 +215,8 @@ def train_language(
     watches: list[_Watch] = []
 
     def make_trainer(model: nn.Module, phase: Phase) -> LoopTrainer:
-        watches.append(_Watch(phase, report))
-        trainer = LoopTrainer(
-            model,
-            language_batches(language, tokenizer, recipe, seed=phase.seed),
-            steps=recipe.steps,
-            output_dir=phase.output_dir,
-            collate=_take_first,
-            loss_fn=language_loss,
-            batch_size=1,
-            shuffle=False,
-            lr=recipe.lr,
-            warmup_steps=_warmup(recipe.steps),
-            save_every=200,
-            seed=phase.seed,
-        )
-        trainer.add_callback(watches[-1])
-        return trainer
+        batches = language_batches(language, tokenizer, recipe, seed=phase.seed)
+        return _trainer(model, phase, batches, language_loss, recipe.lr, watches, report)
 
     set_dropout(model, 0.0)
     results = lottery_ticket(
@@ -249,24 +259,8 @@ def train_task(
     watches: list[_Watch] = []
 
     def make_trainer(model: nn.Module, phase: Phase) -> LoopTrainer:
-        watches.append(_Watch(phase, report))
         batches = task_batches(tokenizer, recipe, seed=phase.seed)
-        trainer = LoopTrainer(
-            model,
-            batches,
-            steps=len(batches),
-            output_dir=phase.output_dir,
-            collate=_take_first,
-            loss_fn=task_loss,
-            batch_size=1,
-            shuffle=False,
-            lr=recipe.lr,
-            warmup_steps=_warmup(len(batches)),
-            save_every=200,
-            seed=phase.seed,
-        )
-        trainer.add_callback(watches[-1])
-        return trainer
+        return _trainer(model, phase, batches, task_loss, recipe.lr, watches, report)
 
     set_dropout(model, recipe.dropout)
     results = lottery_ticket(

@@ -1,16 +1,29 @@
-"""The study end to end, with the shipped encoder and few steps: what it writes, resumes, shows."""
+"""The study end to end, with a small encoder and few steps: what it writes, resumes, shows.
+
+The shipped encoder goes through the same in the slow lane; test_assets.py looks at it every time.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
 import sparseft
-from sparseft.demo.encoder import load_classifier, load_masked_lm, load_tokenizer
+from sparseft.demo.encoder import (
+    ASSETS,
+    PROVENANCE,
+    TOKENIZER,
+    encoder_config,
+    load_classifier,
+    load_masked_lm,
+    load_tokenizer,
+    save_encoder,
+)
 from sparseft.demo.names import SOURCE, names
 from sparseft.demo.pretrain import masked_lm_loss
 from sparseft.demo.recipe import RECIPE, DemoRecipe, RunRecipe
@@ -36,9 +49,34 @@ def recipe() -> DemoRecipe:
 
 
 @pytest.fixture(scope="module")
-def done(recipe, tmp_path_factory):
+def assets(tmp_path_factory) -> Path:
+    """The shipped tokenizer around an encoder a tenth of the shipped one's size, untrained."""
+    from transformers import XLMRobertaForMaskedLM
+
+    folder = tmp_path_factory.mktemp("assets")
+    torch.manual_seed(0)
+    config = encoder_config(len(load_tokenizer()), hidden=32, layers=1, heads=2)
+    save_encoder(XLMRobertaForMaskedLM(config), folder)
+    for file in (TOKENIZER, PROVENANCE):
+        shutil.copy(ASSETS / file, folder / file)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def demo(recipe, assets):
+    """``demo(folder, **options of run_demo)`` with that encoder."""
+
+    def run(folder: Path, **options):
+        defaults = {"quiet": True, "recipe": recipe, "assets": assets, "workers": 1}
+        return run_demo(output_dir=folder, **{**defaults, **options})
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def done(demo, tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
-    return folder, run_demo(output_dir=folder, quiet=True, recipe=recipe, workers=1)
+    return folder, demo(folder)
 
 
 def test_scores_every_setting_in_every_language(done):
@@ -61,15 +99,15 @@ def test_files_hold_what_was_found(done):
     assert record["peak_rss_bytes"] == result.peak_rss
 
 
-def test_adapters_are_sparse_and_apply(done, recipe):
+def test_adapters_are_sparse_and_apply(done, assets):
     folder, result = done
     assert sorted(a.name for a in result.adapters) == ["en", "fi", "sw", "task", "task-on-en"]
-    backbone = sum(p.numel() for p in load_classifier().roberta.parameters())
+    backbone = sum(p.numel() for p in load_classifier(assets).roberta.parameters())
     for file in result.adapters:
         assert file.path.is_file()
         assert file.file_bytes == file.path.stat().st_size
         assert file.nnz == pytest.approx(0.05 * backbone, abs=1)
-    model = load_classifier(seed=0)
+    model = load_classifier(assets, seed=0)
     before = {n: t.clone() for n, t in model.state_dict().items()}
     saved = {a.name: sparseft.Adapter.load(a.path.parent) for a in result.adapters}
     assert saved["task-on-en"].metadata.parents == (saved["en"].digest,)
@@ -99,7 +137,7 @@ def test_sparse_phase_keeps_less(done):
     assert dense.diff == 0
 
 
-def test_a_second_run_trains_nothing_and_gives_the_same(done, recipe, monkeypatch):
+def test_a_second_run_trains_nothing_and_gives_the_same(done, demo, monkeypatch):
     folder, result = done
     before = {a.name: a.path.read_bytes() for a in result.adapters}
 
@@ -107,12 +145,12 @@ def test_a_second_run_trains_nothing_and_gives_the_same(done, recipe, monkeypatc
         raise AssertionError("an optimizer stepped")
 
     monkeypatch.setattr(torch.optim.AdamW, "step", no_step)
-    again = run_demo(output_dir=folder, quiet=True, recipe=recipe, workers=1)
+    again = demo(folder)
     assert again.results.rows == result.results.rows
     assert {a.name: a.path.read_bytes() for a in again.adapters} == before
 
 
-def test_interrupted_run_goes_on_with_the_same_bits(done, recipe, tmp_path, monkeypatch):
+def test_interrupted_run_goes_on_with_the_same_bits(done, demo, tmp_path, monkeypatch):
     _, result = done
     calls = 0
     step = torch.optim.AdamW.step
@@ -127,16 +165,16 @@ def test_interrupted_run_goes_on_with_the_same_bits(done, recipe, tmp_path, monk
     with monkeypatch.context() as patch:
         patch.setattr(torch.optim.AdamW, "step", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            run_demo(output_dir=tmp_path, quiet=True, recipe=recipe, workers=1)
-    again = run_demo(output_dir=tmp_path, quiet=True, recipe=recipe, workers=1)
+            demo(tmp_path)
+    again = demo(tmp_path)
     assert again.results.rows == result.results.rows
     mine = {a.name: a.path.read_bytes() for a in again.adapters}
     assert mine == {a.name: a.path.read_bytes() for a in result.adapters}
 
 
-def test_full_covers_seeds_and_densities(done, recipe):
+def test_full_covers_seeds_and_densities(done, demo):
     folder, _ = done  # beside a quick run, as a user would
-    result = run_demo(full=True, output_dir=folder, quiet=True, recipe=recipe, workers=1)
+    result = demo(folder, full=True)
     composed = {
         (r.seed, r.density)
         for r in result.results.rows
@@ -152,18 +190,18 @@ def test_full_covers_seeds_and_densities(done, recipe):
         assert set(diff.indices.tolist()) <= set(masks[1].diffs[name].indices.tolist())
 
 
-def test_two_workers_give_the_bits_of_one(done, recipe, tmp_path):
+def test_two_workers_give_the_bits_of_one(done, demo, tmp_path):
     _, result = done
-    again = run_demo(output_dir=tmp_path, quiet=True, recipe=recipe, workers=2)
+    again = demo(tmp_path, workers=2)
     assert again.results.rows == result.results.rows
     assert again.state == result.state
     mine = {a.name: a.path.read_bytes() for a in again.adapters}
     assert mine == {a.name: a.path.read_bytes() for a in result.adapters}
 
 
-def test_prints_the_table(done, recipe, capsys):
+def test_prints_the_table(done, demo, capsys):
     folder, _ = done
-    run_demo(output_dir=folder, recipe=recipe, workers=1)
+    demo(folder, quiet=False)
     out = capsys.readouterr().out
     for part in (
         "Finnish",
@@ -174,6 +212,17 @@ def test_prints_the_table(done, recipe, capsys):
         "Adding",
     ):
         assert part in out
+
+
+@pytest.mark.slow
+def test_the_shipped_encoder_goes_through_the_study(recipe, tmp_path):
+    result = run_demo(output_dir=tmp_path, quiet=True, recipe=recipe, workers=2)
+    cells = {(r.setting, r.language) for r in result.results.rows}
+    assert len(cells) == 9
+    assert len(result.adapters) == 5
+    shipped = sum(p.numel() for p in load_classifier().roberta.parameters())
+    assert all(a.nnz == pytest.approx(0.05 * shipped, abs=1) for a in result.adapters)
+    assert all(0 <= r.value <= 1 for r in result.results.rows)
 
 
 def test_training_data_is_of_training_keys_and_the_right_language(recipe):
