@@ -158,6 +158,8 @@ class _SparseOptimizer(Optimizer, ABC):
                     masked.follow_weight_()
                     weight, backend = masked.weight, masked.backend
                 grad = parameter.grad
+                if grad.dtype != parameter.dtype:  # torch allows it through Tensor.grad_dtype
+                    grad = grad.to(parameter.dtype)
                 contiguous = (
                     grad.is_contiguous() and weight.is_contiguous() and parameter.is_contiguous()
                 )

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sparseft.errors import DiffError
+from sparseft.errors import BackendError, DiffError
 from sparseft.ops._backend import resolve_backend
 from sparseft.ops._common import accumulation_dtype, bits, check_entries, flat_chunks, operator
 from sparseft.ops._moments import QUANTUM, decode_moment, encode_moment_
@@ -253,6 +253,11 @@ def sparse_step_(
             rule, values, grads, firsts, seconds, first_scales, second_scales, weights, bases,
             indices, steps, groups, ids, rows, lr, grad_scale, found_inf, seed,
         )  # fmt: skip
+    if values and values[0].is_cuda and torch.cuda.is_current_stream_capturing():
+        raise BackendError(
+            "sparse_step_: a CUDA graph cannot capture the reference, which reads step counts on "
+            "the host. Install Triton, or capture without the optimizer step."
+        )
     if found_inf is not None and bool(found_inf):
         return None
     for group, rate in enumerate(lr):

@@ -30,7 +30,6 @@ def attached(device: str, dtype=torch.bfloat16, sizes=((40, 30), (7, 5)), densit
     layers = [nn.Linear(n, m) for m, n in sizes]
     model = nn.ModuleList(layers).to(dtype)
     masks = {f"{i}.weight": torch.rand(m, n) < density for i, (m, n) in enumerate(sizes)}
-    masks["0.weight"][:] = masks["0.weight"] | (torch.rand(sizes[0]) < 0.1)
     model.to(device)
     return model, attach(model, masks, full_params=["*.bias"])
 
@@ -51,13 +50,15 @@ def written(sparse):
     )
 
 
-def close(a, b):
+def close(a, b, flips=0.0):
     """Parameters within a few roundings of their dtype after a few steps.
 
     This sees the wiring (groups, rates, steps); accuracy has its rule and its tests beside the op.
+    ``flips``: share of entries that may differ more, where Lion's sign hangs on the last bit.
     """
     for p, q in zip(a.parameters(), b.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=16 * torch.finfo(p.dtype).eps, atol=1e-5)
+        near = torch.isclose(p, q, rtol=16 * torch.finfo(p.dtype).eps, atol=1e-5)
+        assert int((~near).sum()) <= flips * p.numel()
 
 
 @pytest.mark.parametrize("device", LANES)
@@ -267,4 +268,4 @@ def test_real_sizes(kind, sizes, density):
     assert all(
         torch.equal(p, q) for p, q in zip(auto.parameters(), again.parameters(), strict=True)
     )
-    close(auto, reference)
+    close(auto, reference, flips=1e-5 if kind == "lion" else 0.0)

@@ -413,6 +413,7 @@ def test_tables_are_uploaded_once_per_set_of_addresses(device, monkeypatch):
     from sparseft_kernels import sparse_step
 
     monkeypatch.setattr(sparse_step, "_uploads", type(sparse_step._uploads)())
+    monkeypatch.setattr(sparse_step, "_KEPT_UPLOADS", 4)
     s = scene("adamw", device)
     s.step("triton")
     first = dict(sparse_step._uploads)
@@ -426,7 +427,9 @@ def test_tables_are_uploaded_once_per_set_of_addresses(device, monkeypatch):
     new = [key for key in sparse_step._uploads if key not in first]
     assert [key[2][0] for key in new] == ["table"]
     assert not kept.isnan().any()
-    for _ in range(2 * sparse_step._KEPT_UPLOADS):
-        s.grads[3] = torch.cat([s.grads[3], s.grads[3]])[: kept.numel()].clone()
+    moved = [kept]  # alive, so that every address is new
+    for _ in range(6):
+        moved.append(kept.clone())
+        s.grads[3] = moved[-1]
         s.step("triton")
     assert len(sparse_step._uploads) <= sparse_step._KEPT_UPLOADS
