@@ -66,14 +66,31 @@ def sampled_embedding_grad_reference(
 # Registration: dispatch, fake, autograd.
 
 
-def _run(grad_output, input, indices, transposed, out, accumulate) -> None:
+def _why_no_kernel(indices: Tensor, *operands: Tensor) -> str | None:
+    """Return what keeps the kernels from these tensors. Operands may have any strides."""
+    for x in operands:
+        if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            return f"an operand is {x.dtype} and the kernels sum in float32"
+    return None if indices.is_contiguous() else "the indices are not contiguous"
+
+
+def _run(grad_output, input, indices, transposed, backend, out, accumulate) -> None:
     a, b = (input, grad_output) if transposed else (grad_output, input)
+    tensors = (grad_output, input, indices, out)
+    why_not = _why_no_kernel(indices, grad_output, input)
+    if why_not is None and not out.is_contiguous():
+        why_not = "out is not contiguous"
+    chosen = resolve_backend("sampled_weight_grad", *tensors, backend=backend, why_not=why_not)
     if indices.numel() == 0:
         return
     a, b = rows_of(a), rows_of(b)
     if a.shape[0] == 0:
         if not accumulate:
             out.zero_()
+    elif chosen == "triton":
+        from sparseft.ops._sampled_gpu import sampled_grad_triton
+
+        sampled_grad_triton(a, b, indices, out, accumulate=accumulate)
     elif a.device.type == "cpu":
         sampled_grad_cpu(a, b, indices, out, accumulate=accumulate)
     else:
@@ -86,10 +103,9 @@ def _run(grad_output, input, indices, transposed, out, accumulate) -> None:
     "str backend='') -> Tensor"
 )
 def _sampled_weight_grad(grad_output, input, indices, transposed=False, backend=""):
-    resolve_backend("sampled_weight_grad", grad_output, input, indices, backend=backend)
     wide = accumulation_dtype(grad_output.dtype, input.dtype)
     out = torch.empty(indices.shape, dtype=wide, device=indices.device)
-    _run(grad_output, input, indices, transposed, out, accumulate=False)
+    _run(grad_output, input, indices, transposed, backend, out, accumulate=False)
     return out
 
 
@@ -98,8 +114,7 @@ def _sampled_weight_grad(grad_output, input, indices, transposed=False, backend=
     "bool transposed=False, str backend='') -> ()"
 )
 def _sampled_weight_grad_(out, grad_output, input, indices, transposed=False, backend=""):
-    resolve_backend("sampled_weight_grad", grad_output, input, indices, backend=backend)
-    _run(grad_output, input, indices, transposed, out, accumulate=True)
+    _run(grad_output, input, indices, transposed, backend, out, accumulate=True)
 
 
 @operator(
@@ -109,13 +124,22 @@ def _sampled_weight_grad_(out, grad_output, input, indices, transposed=False, ba
 def _sampled_embedding_grad(
     grad_output, token_ids, indices, vocab, padding_idx=-1, scale_grad_by_freq=False, backend=""
 ):
-    resolve_backend("sampled_embedding_grad", grad_output, token_ids, indices, backend=backend)
+    chosen = resolve_backend(
+        "sampled_embedding_grad", grad_output, token_ids, indices,
+        backend=backend, why_not=_why_no_kernel(indices, grad_output),
+    )  # fmt: skip
     wide = accumulation_dtype(grad_output.dtype)
     dim = grad_output.shape[-1]
-    out = torch.zeros(indices.shape, dtype=wide, device=indices.device)
     dy, ids = rows_of(grad_output), token_ids.reshape(-1)
     if indices.numel() == 0 or ids.numel() == 0:
-        return out
+        return torch.zeros(indices.shape, dtype=wide, device=indices.device)
+    if chosen == "triton":
+        from sparseft.ops._sampled_gpu import sampled_embedding_triton
+
+        return sampled_embedding_triton(
+            dy, ids, indices, vocab, padding_idx=padding_idx, scale_grad_by_freq=scale_grad_by_freq
+        )
+    out = torch.zeros(indices.shape, dtype=wide, device=indices.device)
     tokens, inverse, scale = _active_tokens(ids, padding_idx, scale_grad_by_freq)
     sums = torch.ops.aten.embedding_dense_backward(dy.to(wide), inverse, tokens.numel(), -1, False)
     if scale is not None:
@@ -294,10 +318,16 @@ def sampled_weight_grad(
 
     Raises:
         MaskError: shapes that do not fit the pattern.
-        BackendError: ``"triton"`` was asked for (it has no kernel for this op yet).
+        BackendError: ``"triton"`` was asked for and cannot run here, or an operand is fp64.
 
-    Numerics: products and sums in fp32 (fp64) whatever the operands' dtype. Deterministic for fixed
-    shapes and threads.
+    Numerics: products and sums in fp32 (fp64) whatever the operands' dtype; on GPUs, fp32 products
+    in tf32 where torch's own matmul may (``torch.backends.cuda.matmul.fp32_precision``).
+    Deterministic for fixed shapes and threads or device.
+
+    Triton takes operands of any strides as they lie (leading dimensions that do not collapse into
+    one are copied, as ``reshape`` does), except that a misaligned matrix that many tiles read is
+    copied with padded rows. The first call with a pattern lays it out for the kernels and waits for
+    the device; later ones do not.
     """
     m, n = grad_output.shape[-1], input.shape[-1]
     expected = (n, m) if transposed else (m, n)
@@ -363,9 +393,9 @@ def sampled_embedding_grad(
 
     Raises:
         MaskError: shapes that do not fit the pattern.
-        BackendError: ``"triton"`` was asked for (it has no kernel for this op yet).
+        BackendError: ``"triton"`` was asked for and cannot run here, or ``grad_output`` is fp64.
 
-    Numerics: fp32 sums in order of position; deterministic.
+    Numerics: fp32 sums in a fixed order of positions; deterministic.
     """
     dim = grad_output.shape[-1]
     if len(pattern.shape) != 2 or pattern.shape[1] != dim:
