@@ -430,3 +430,12 @@ def test_state_that_does_not_fit_is_named():
 def test_the_base_class_is_abstract():
     with pytest.raises(TypeError, match="abstract"):
         SparseAdamW.__base__([nn.Parameter(torch.zeros(1))], {"moment_bits": 32})
+
+
+def test_gradients_of_another_dtype_are_cast():
+    a, b = (nn.Parameter(torch.zeros(3)) for _ in range(2))
+    a.grad_dtype = torch.bfloat16
+    a.grad, b.grad = torch.full((3,), 0.5, dtype=torch.bfloat16), torch.full((3,), 0.5)
+    for p in (a, b):
+        SparseSGD([p], lr=0.1, momentum=0.9).step()
+    assert torch.equal(a, b)

@@ -357,7 +357,10 @@ def test_eight_bit_moments(rule, device, assert_as_accurate):
         low = max(info.min, -127)
         codes = [torch.randint(low, info.max, m.shape, dtype=dtype).to(device) for m in moments]
         setattr(mine, names, codes)
+        for code in codes[-1:]:
+            code[7] = 0
         setattr(mine, scales, [torch.rand(scales_of(m.numel())).to(device) for m in moments])
+    mine.grads[-1][7] = 1e-9  # a second moment of 1e-21
     theirs, exact = mine.copy(), mine.copy()
     exact.values, exact.grads = ([t.double() for t in x] for x in (exact.values, exact.grads))
     exact.weights = exact.bases = exact.indices = []
@@ -374,6 +377,8 @@ def test_eight_bit_moments(rule, device, assert_as_accurate):
             assert apart.numel() == 0 or int(apart.max()) <= 1
             assert int((apart > 0).sum()) <= 1 + c.numel() // 100
             assert not decode_moment(c.cpu(), s.cpu()).isnan().any()
+    for code in mine.seconds:
+        assert (code > 0).all(), "a second moment became zero"
 
 
 @pytest.mark.parametrize("device", LANES)
