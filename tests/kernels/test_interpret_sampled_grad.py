@@ -110,9 +110,15 @@ MASKS = ["0.0001", "0.001", "0.01", "rows", "columns", "block", "last entry"]
     indirect=["way"],
 )
 def test_masks(mask, way, device):
-    dy, x = operands(70, 130, 264, torch.bfloat16, device)
     pattern = SparsePattern.from_mask(mask_of(mask, 130, 264)).to(device)
-    check(dy, x, pattern, ops.sampled_weight_grad(dy, x, pattern, backend="triton"))
+    # Errors are compared as RMS: those of a single entry would be a matter of luck.
+    draws = [operands(70, 130, 264, torch.bfloat16, device) for _ in range(1 + 30 // pattern.nnz)]
+    got, theirs, exact = [], [], []
+    for dy, x in draws:
+        got.append(ops.sampled_weight_grad(dy, x, pattern, backend="triton"))
+        theirs.append(sampled_weight_grad_reference(dy.float(), x.float(), pattern.indices))
+        exact.append(sampled_weight_grad_reference(dy.double(), x.double(), pattern.indices))
+    assert_as_accurate(torch.cat(got), torch.cat(theirs), torch.cat(exact))
 
 
 @pytest.mark.parametrize("device", LANES)
@@ -129,7 +135,7 @@ def test_every_entry(width, way, device):
 @both_ways
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    ("t", "m", "n"), [(1, 129, 72), (67, 131, 257), (16, 1, 9), (300, 5, 7)], ids=str
+    ("t", "m", "n"), [(1, 129, 72), (67, 131, 257), (16, 1, 99), (300, 20, 9)], ids=str
 )
 def test_dtypes_and_odd_sizes(t, m, n, dtype, way, device):
     dy, x = operands(t, m, n, dtype, device)
