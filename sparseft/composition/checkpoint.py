@@ -7,7 +7,7 @@ import logging
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from sparseft.composition.fit import Dense, Missing
 from sparseft.composition.merge import AdapterLike, load_named
 from sparseft.errors import CompositionError
 from sparseft.io import atomic_write_json
+from sparseft.io.hub import first_line, load_from_anywhere
 
 __all__ = ["RECIPE_FILE", "merge_into_checkpoint"]
 
@@ -129,45 +130,6 @@ def _labels(adapters: Mapping[str, Adapter]) -> int | None:
     return None
 
 
-def _from_anywhere(source: str, load: Callable[..., Any]) -> Any:
-    """Return ``load(**where)`` of a folder, of the cache of downloads, or else of the hub.
-
-    The hub is asked one question first: without an answer its client would try each file six times,
-    half a minute in all, with two lines for each on standard error.
-    """
-    if Path(source).expanduser().is_dir():
-        return load()
-    try:
-        return load(local_files_only=True)
-    except CompositionError:
-        raise
-    except (OSError, ValueError):  # not there, or not whole
-        _require_hub(source)
-    return load()
-
-
-def _require_hub(source: str) -> None:
-    """Check that the hub answers, whatever it says of ``source``."""
-    from huggingface_hub import HfApi
-
-    try:
-        HfApi().model_info(source, timeout=10)
-    # Connection errors come from the HTTP library, which differs between versions of the client.
-    except Exception as error:
-        if getattr(error, "response", None) is not None or isinstance(error, ValueError):
-            return  # an answer, or no name for the hub: the loader says more
-        raise CompositionError(
-            f"base model {source!r} is neither a folder here nor in the cache of downloads, and "
-            f"the hub does not answer ({_first_line(error)}). Give the path of a folder written by "
-            "save_pretrained, or one downloaded elsewhere (hf download NAME --local-dir FOLDER)."
-        ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0].rstrip(".") if lines else type(error).__name__
-
-
 def _load(source: str, architecture: str | None, adapters: Mapping[str, Adapter]) -> nn.Module:
     """Load a model in its checkpoint's dtype; all parameters come from there or an adapter."""
     import transformers
@@ -198,13 +160,14 @@ def _load(source: str, architecture: str | None, adapters: Mapping[str, Adapter]
             f"base model: no folder {source}. Give a folder written by save_pretrained, or a name."
         )
     try:
-        model, info = _from_anywhere(source, load)
+        model, info = load_from_anywhere(source, load)
     except CompositionError:
         raise
     except (OSError, ValueError) as bad:
         raise CompositionError(
-            f"base model {source!r} cannot be loaded: {_first_line(bad)}. Without a network, give "
-            "the path of a folder written by save_pretrained."
+            f"base model {source!r} cannot be loaded: {first_line(bad)}. Without a network, give "
+            "the path of a folder written by save_pretrained, or one downloaded elsewhere "
+            "(hf download NAME --local-dir FOLDER)."
         ) from bad
     brought = {name for adapter in adapters.values() for name in adapter.dense}
     random = sorted(set(info["missing_keys"]) - brought)
@@ -231,6 +194,6 @@ def _copy_tokenizer(source: str, folder: Path) -> None:
         return transformers.AutoTokenizer.from_pretrained(source, **where)
 
     try:
-        _from_anywhere(source, load).save_pretrained(folder)
+        load_from_anywhere(source, load).save_pretrained(folder)
     except (OSError, ValueError) as bad:
         logger.warning("no tokenizer was found beside %s (%s)", source, bad)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sparseft.errors import DataError
+from sparseft.io.hub import first_line, load_from_anywhere
 
 __all__ = ["load_model", "load_tokenizer"]
 
@@ -29,14 +30,16 @@ def _load(loader: Any, base: str | Path, what: str, **options: Any) -> Any:
                 f"{what}: {folder} has no config.json; give a folder written by save_pretrained."
             )
         name = str(folder)
+
+    def load(**where: Any) -> Any:
+        return loader.from_pretrained(name, **options, **where)
+
     try:
-        return loader.from_pretrained(name, **options)
+        return load_from_anywhere(name, load)
     except (OSError, ValueError) as error:
-        lines = [line for line in str(error).strip().splitlines() if line.strip()]
-        reason = lines[0].rstrip(".") if lines else type(error).__name__
         raise DataError(
-            f"{what} {str(base)!r} cannot be loaded: {reason}. Without a network, download the "
-            "model elsewhere (hf download NAME --local-dir FOLDER) and give the path of that "
+            f"{what} {str(base)!r} cannot be loaded: {first_line(error)}. Without a network, "
+            "download the model elsewhere (hf download NAME --local-dir FOLDER) and give the path of that "
             "folder in place of the name."
         ) from error
 

@@ -163,8 +163,9 @@ def test_a_hub_name_without_a_hub(base, adapters, tmp_path):
     assert not (tmp_path / "lost").exists()
     assert "Retry" not in done.stderr
     [said] = done.stderr.strip().splitlines()
-    assert said.startswith("sparseft compose: base model 'some-org/nowhere' is neither a folder")
-    assert "Give the path of a folder written by save_pretrained" in said
+    assert said.startswith("sparseft compose: base model 'some-org/nowhere' cannot be loaded")
+    assert "neither a folder here nor in the cache of downloads" in said
+    assert "give the path of a folder written by save_pretrained" in said
 
 
 def test_another_base_is_refused(tiny, adapters, tmp_path, capsys):
