@@ -39,8 +39,8 @@ def _load(loader: Any, base: str | Path, what: str, **options: Any) -> Any:
     except (OSError, ValueError) as error:
         raise DataError(
             f"{what} {str(base)!r} cannot be loaded: {first_line(error)}. Without a network, "
-            "download the model elsewhere (hf download NAME --local-dir FOLDER) and give the path of that "
-            "folder in place of the name."
+            "download the model elsewhere (hf download NAME --local-dir FOLDER) and give the path "
+            "of that folder in place of the name."
         ) from error
 
 
