@@ -180,15 +180,17 @@ def test_strides(way, device):
 @pytest.mark.parametrize("device", LANES)
 @pytest.mark.parametrize("way", ["tiles"], indirect=True)
 def test_misaligned_operands_are_padded_in_panels(way, device, monkeypatch):
-    """Like a 250,002-row head: rows of 2601 elements, copied 1024 columns at a time."""
+    """Like a 250,002-row head: rows of 4001 elements, copied 1024 columns at a time."""
+    from sparseft.ops import _tiles
     from sparseft_kernels import sampled_grad
 
     monkeypatch.setattr(sampled_grad, "PANEL", 1024)
-    dy, x = operands(18, 2601, 301, torch.bfloat16, device)
+    dy, x = operands(18, 4001, 301, torch.bfloat16, device)
     assert sampled_grad.is_copied(dy, 301, whole=False)
-    mask = mask_of("0.002", 2601, 301)
+    mask = mask_of("0.02", 4001, 301)
     mask[:1024] = False  # a panel without work
     pattern = SparsePattern.from_mask(mask).to(device)
+    assert _tiles.tiles_of(pattern.indices, 4001, 301).rows.active is None
     check(dy, x, pattern, ops.sampled_weight_grad(dy, x, pattern, backend="triton"))
 
 
