@@ -38,8 +38,9 @@ _SHAPE = {
 }
 _HEAD = "classifier."
 # The language-model head's own layers are trained like the rest; LayerNorms are frozen, as
-# composable-sft does.
-_FROZEN = ("LayerNorm", "layer_norm")
+# composable-sft does. So are the key biases: a softmax does not see them, so their gradient is all
+# rounding noise, which Adam turns into full steps: two sides would never hold the same weights.
+_FROZEN = ("LayerNorm", "layer_norm", "key.bias")
 
 
 @dataclass(frozen=True, kw_only=True)
