@@ -13,8 +13,8 @@ shape        0.1 %  1 %    3 %    5 %    10 %   20 %
 25000 x 384  0.06s  0.11s  0.20s  0.30s  0.55s  0.96
 ===========  =====  =====  =====  =====  =====  =====
 
-On a Cascade Lake Xeon dot products cost more and GEMM less (the figures are in `_layout`); tiles take
-over at about 6 % there.
+On a Cascade Lake Xeon dot products cost more and GEMM less (the figures are in `_layout`): tiles
+take over at about 6 % there.
 """
 
 from __future__ import annotations
