@@ -230,3 +230,46 @@ def test_float64_is_left_to_the_reference(monkeypatch):
         ops.sampled_embedding_grad(
             torch.randn(3, 6).double(), torch.tensor([1, 0, 1]), pattern, backend="triton"
         )
+
+
+def test_slabs_are_whole_lines_that_do_not_alias():
+    for tokens in (1, 15, 16, 127, 128, 300, 512, 1000, 1024, 2048, 4096, 16384):
+        slab = _sampled_cpu._slab_length(tokens)
+        assert 1 <= slab <= tokens
+        assert slab == tokens or (slab % 16 == 0 and slab // 16 % 8), (tokens, slab)
+        assert slab <= 2 * _sampled_cpu._SLAB
+
+
+@pytest.mark.parametrize(
+    ("text", "maker"),
+    [
+        ("processor\t: 0\nvendor_id\t: AuthenticAMD\n", "AuthenticAMD"),
+        ("processor\t: 0\nvendor_id\t: GenuineIntel\n", "GenuineIntel"),
+        ("vendor_id : IBM/S390\n", "GenuineIntel"),
+        ("CPU implementer\t: 0x41\n", "GenuineIntel"),
+        (OSError("no /proc"), "GenuineIntel"),
+    ],
+)
+def test_cost_figures_follow_the_maker(text, maker, monkeypatch):
+    def read(*args, **options):
+        if isinstance(text, OSError):
+            raise text
+        return text
+
+    _layout._costs.cache_clear()
+    monkeypatch.setattr(_layout.Path, "read_text", read)
+    try:
+        assert _layout._costs() is _layout._COSTS[maker]
+    finally:
+        _layout._costs.cache_clear()
+
+
+def test_ways_are_chosen_by_the_cost_figures(monkeypatch):
+    """At 10 % of 768 x 768 dot products win with AMD's figures and dense tiles with Intel's."""
+    indices = torch.randperm(768 * 768)[: 768 * 77].sort().values
+    chosen = {}
+    for maker, costs in _layout._COSTS.items():
+        monkeypatch.setattr(_layout, "_costs", lambda costs=costs: costs)
+        runs = _layout.layout_of(indices.clone(), 768, 768).runs(1024, 528)
+        chosen[maker] = {dense for *_, dense in runs}
+    assert chosen == {"GenuineIntel": {True}, "AuthenticAMD": {False}}
