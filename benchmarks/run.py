@@ -3,9 +3,11 @@
     python benchmarks/run.py                         # the committed table, 15 minutes on one core
     python benchmarks/run.py --batch 16 --density 0.01 --rounds 5
     python benchmarks/run.py --model path/to/encoder
+    python benchmarks/run.py suite --out DIR         # kernels and steps on a GPU, under 8 minutes
+    python benchmarks/run.py suite --only 'sampled_grad/*' --minutes 3
 
-Run it as a file, not with -m. The two sides run in turns; use an idle machine, or `--clock cpu` on
-a busy one.
+Run it as a file, not with -m. The sides run in turns; use an idle machine, or `--clock cpu` on
+a busy one. The table of training steps can also be asked for as `run.py step`.
 """
 
 from __future__ import annotations
@@ -21,6 +23,10 @@ from sparseft.benchmarking import (
     markdown_table,
     measure_step,
     results_folder,
+    run_suite,
+    suite_cases,
+    suite_markdown,
+    suite_source,
     write_results,
 )
 
@@ -73,7 +79,63 @@ def row(result: dict) -> dict[str, str]:
     }
 
 
-def main(arguments: list[str]) -> int:
+def parse_suite(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="run.py suite", description="Kernels and training steps against their competitors."
+    )
+    parser.add_argument("--out", type=Path, help="folder of the results; left out: results/")
+    parser.add_argument("--only", default="*", help="glob over names of cases")
+    parser.add_argument("--minutes", type=float, default=7.0, help="start no case after so long")
+    parser.add_argument("--rounds", type=int, default=25, help="timed rounds of a case, at most")
+    parser.add_argument("--case-seconds", type=float, default=12.0, help="rounds end after so long")
+    parser.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="cpu: the same code on tiny shapes, a smoke test",
+    )
+    parser.add_argument("--commit", help="of the code, where it is a copy without its checkout")
+    parser.add_argument("--list", action="store_true", help="print the names of the cases")
+    parser.add_argument("--name", default="suite", help="name of the result files")
+    return parser.parse_args(arguments)
+
+
+def suite(arguments: list[str]) -> int:
+    options = parse_suite(arguments)
+    device = torch.device(options.device)
+    tiny = device.type == "cpu"
+    cases = suite_cases(tiny=tiny)
+    if options.list:
+        print("\n".join(case.name for case in cases))
+        return 0
+    extra = suite_source(device, tiny=tiny, commit=options.commit)
+
+    def write(results: list[dict], folder: Path) -> Path:
+        return write_results(
+            folder, options.name, {"suite": extra, "cases": results}, suite_markdown(results, extra)
+        )
+
+    def progress(results: list[dict]) -> None:
+        done = results[-1]
+        print(f"{done['status']:5} {done['took_seconds']:6.1f} s  {done['name']}", flush=True)
+        # After each case: a run that is cut off leaves what it has.
+        write(results, options.out or HERE / "results" / "scratch")
+
+    results = run_suite(
+        cases,
+        device,
+        only=options.only,
+        minutes=options.minutes,
+        rounds=options.rounds,
+        case_seconds=options.case_seconds,
+        progress=progress,
+    )
+    passed = all(result["status"] in ("ok", "not run") for result in results)
+    folder = options.out or results_folder(HERE / "results", passed=passed and not tiny)
+    print(f"\n{suite_markdown(results, extra)}\nwritten to {write(results, folder)}")
+    return 0 if passed else 1
+
+
+def step(arguments: list[str]) -> int:
     options = parse(arguments)
     torch.set_num_threads(options.threads)
     results = []
@@ -101,6 +163,12 @@ def main(arguments: list[str]) -> int:
     )
     print(f"\n{table}\nwritten to {path}")
     return 0 if passed else 1
+
+
+def main(arguments: list[str]) -> int:
+    if arguments[:1] == ["suite"]:
+        return suite(arguments[1:])
+    return step(arguments[1:] if arguments[:1] == ["step"] else arguments)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,15 @@
 """Speed and memory against named competitors: paired timing, cases, results with provenance.
 
-A case first shows that both sides compute the same thing, then times them; a case that disagrees
-has no speed.
+A case first shows that all sides compute the same thing, then times them; a case that disagrees
+has no speed. `training_step` holds the committed table of CPU steps, `suite` and `cases` the
+kernels and GPU steps.
 """
 
+from sparseft.benchmarking.cases import suite_cases
 from sparseft.benchmarking.paired import Comparison, alternate
 from sparseft.benchmarking.results import markdown_table, results_folder, write_results
+from sparseft.benchmarking.suite import run_suite
+from sparseft.benchmarking.suite_report import suite_markdown, suite_source
 from sparseft.benchmarking.training_step import StepCase, measure_step
 
 __all__ = [
@@ -15,5 +19,9 @@ __all__ = [
     "markdown_table",
     "measure_step",
     "results_folder",
+    "run_suite",
+    "suite_cases",
+    "suite_markdown",
+    "suite_source",
     "write_results",
 ]

@@ -1,0 +1,47 @@
+"""The cases of the suite, the most important first. Each file says what it compares, and how."""
+
+from __future__ import annotations
+
+from sparseft.benchmarking.cases.entries import entries_case
+from sparseft.benchmarking.cases.model_step import BASE, TINY, model_step_case
+from sparseft.benchmarking.cases.optimizer import optimizer_case
+from sparseft.benchmarking.cases.sampled_grad import sampled_grad_case
+from sparseft.benchmarking.cases.topk import LLAMA, SMALL, XLMR, topk_case
+from sparseft.benchmarking.suite import Case
+
+__all__ = ["suite_cases"]
+
+
+def suite_cases(*, tiny: bool = False) -> list[Case]:
+    """Return all cases in order of importance.
+
+    Args:
+        tiny: shapes that take a second on a CPU; their figures mean nothing.
+    """
+    if tiny:
+        return [
+            sampled_grad_case((256, 192), 64),
+            optimizer_case("fp32", layers=2, hidden=32, inner=48),
+            model_step_case(2, 8, shape=TINY),
+            optimizer_case("bf16", layers=2, hidden=32, inner=48),
+            topk_case("tiny", SMALL, "bf16"),
+            *(entries_case(op, (64, 48)) for op in ("write_sum", "restore", "capture")),
+        ]
+    return [
+        sampled_grad_case((4096, 4096), 4096),
+        sampled_grad_case((11008, 4096), 4096),
+        optimizer_case("fp32", layers=32),
+        model_step_case(32, 128, shape=BASE),
+        model_step_case(128, 128, shape=BASE),
+        sampled_grad_case((4096, 4096), 16384),
+        sampled_grad_case((11008, 4096), 16384),
+        sampled_grad_case((768, 768), 4096),
+        sampled_grad_case((3072, 768), 4096),
+        topk_case("xlmr_base", XLMR, "bf16"),
+        optimizer_case("bf16", layers=32),
+        topk_case("llama_8_layers", LLAMA, "bf16"),
+        *(entries_case(op, (250_002, 768)) for op in ("write_sum", "restore", "capture")),
+        sampled_grad_case((768, 768), 16384),
+        sampled_grad_case((3072, 768), 16384),
+        topk_case("xlmr_base", XLMR, "fp32"),
+    ]
