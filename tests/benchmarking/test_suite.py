@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from sparseft.benchmarking import rotation
 from sparseft.benchmarking import suite as suite_module
 from sparseft.benchmarking import suite_cases, suite_markdown, suite_source
 from sparseft.benchmarking.cases import entries, model_step, optimizer, sampled_grad, topk
@@ -63,6 +64,40 @@ def test_ratios_compare_times_of_one_round():
     timing = Timing("wall", {"a": [1.0, 3.0, 1.0], "b": [2.0, 6.0, 2.0]})
     assert timing.ratio("b", "a") == 2.0
     assert timing.ratios("a", "b") == [0.5, 0.5, 0.5]
+
+
+def test_on_a_gpu_events_enclose_the_work_alone(monkeypatch):
+    """Flush, then keep the device busy, then the work between two events; then wait."""
+    log = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            log.append("event")
+
+        def elapsed_time(self, end):
+            return 2.0  # milliseconds
+
+    class Buffer:
+        def zero_(self):
+            log.append("flush")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: log.append(f"busy {cycles}"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: log.append("wait"))
+    monkeypatch.setattr(torch, "empty", lambda *args, **options: Buffer())
+    device = torch.device("cuda")
+    watch = rotation._Stopwatch(device, "device")
+    seconds, host = watch.time(lambda: log.append("work"), lead=1e-3)
+    assert log == ["wait", "flush", "busy 2000000", "event", "work", "event", "wait"]
+    assert seconds == 2e-3
+    assert 0 < host < 1
+    log.clear()
+    seconds, host = rotation._Stopwatch(device, "wall").time(lambda: log.append("work"), lead=1e-3)
+    assert log == ["wait", "flush", "wait", "work", "wait"]
+    assert 0 < host <= seconds
 
 
 # Checks and masks.
