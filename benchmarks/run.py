@@ -3,7 +3,7 @@
     python benchmarks/run.py                         # the committed table, 15 minutes on one core
     python benchmarks/run.py --batch 16 --density 0.01 --rounds 5
     python benchmarks/run.py --model path/to/encoder
-    python benchmarks/run.py suite --out DIR         # kernels and steps on a GPU, under 8 minutes
+    python benchmarks/run.py suite --out DIR         # kernels and steps on a GPU
     python benchmarks/run.py suite --only 'sampled_grad/*' --minutes 3
 
 Run it as a file, not with -m. The sides run in turns; use an idle machine, or `--clock cpu` on

@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparseft.benchmarking import rotation
+from sparseft.benchmarking import rotation, suite_cases, suite_markdown, suite_source
 from sparseft.benchmarking import suite as suite_module
-from sparseft.benchmarking import suite_cases, suite_markdown, suite_source
 from sparseft.benchmarking.cases import entries, model_step, optimizer, sampled_grad, topk
 from sparseft.benchmarking.checks import Check, as_accurate, equal_bits, rel_rms, worst
 from sparseft.benchmarking.masks import packed_pattern, random_pattern, sectors_touched

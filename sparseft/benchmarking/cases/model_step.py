@@ -2,8 +2,8 @@
 forward and backward pass of a frozen model.
 
 Masks and LoRA sit on the weights of the encoder's linear layers; the classifier is trained densely
-by everyone. bf16 weights, no dropout, the same attention. Each side has the optimizer that is
-fastest for it: SparseAdamW for ours, ``torch.optim.AdamW(fused=True)`` for the others.
+by everyone. bf16 weights, no dropout, the same attention. Ours steps with SparseAdamW, the others
+with ``torch.optim.AdamW(fused=True)``.
 """
 
 from __future__ import annotations
