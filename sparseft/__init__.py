@@ -13,7 +13,7 @@ from sparseft._version import __version__
 
 if TYPE_CHECKING:
     from sparseft.adapter import Adapter
-    from sparseft.attach import Attachment, attach
+    from sparseft.attachment import Attachment, attach
     from sparseft.composition import Composer, compose_adapters
     from sparseft.diff import SparseDiff, SparsePattern
     from sparseft.errors import SparseFtError
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 # Public name -> module that defines it.
 _EXPORTS = {
     "Adapter": "sparseft.adapter",
-    "Attachment": "sparseft.attach",
+    "Attachment": "sparseft.attachment",
     "Composer": "sparseft.composition",
     "SparseAdamW": "sparseft.optim",
     "SparseDiff": "sparseft.diff",
@@ -33,7 +33,7 @@ _EXPORTS = {
     "SparseLion": "sparseft.optim",
     "SparsePattern": "sparseft.diff",
     "SparseSGD": "sparseft.optim",
-    "attach": "sparseft.attach",
+    "attach": "sparseft.attachment",
     "backend": "sparseft.ops",
     "compose_adapters": "sparseft.composition",
     "lottery_ticket": "sparseft.training",

@@ -62,3 +62,12 @@ def test_importing_every_public_name_changes_nothing():
 def test_works_without_triton_and_without_transformers():
     seen = probe(("triton", "sparseft_kernels", "transformers", "datasets", "babel", "matplotlib"))
     assert not seen["transformers"]
+
+
+def test_no_public_name_is_a_module_too():
+    """Importing ``sparseft.x`` sets the attribute ``x`` of the package, over a function's name."""
+    import importlib.util
+
+    import sparseft
+
+    assert [n for n in sparseft.__all__ if importlib.util.find_spec(f"sparseft.{n}")] == []

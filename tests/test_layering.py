@@ -18,7 +18,7 @@ LAYERS = [
     {"fingerprint", "adapter", "summary", "io"},
     {"modules"},
     {"selection", "composition", "denoise"},
-    {"attach", "optim"},
+    {"attachment", "optim"},
     {"data", "training", "evaluation", "profiling", "benchmarking"},
     {"demo", "cli", "__main__"},
 ]
@@ -94,7 +94,7 @@ def test_imports_point_one_way():
 @pytest.mark.parametrize(
     ("where", "source"),
     [
-        ("ops/x.py", "from sparseft.attach import attach"),
+        ("ops/x.py", "from sparseft.attachment import attach"),
         ("diff.py", "def f():\n    import sparseft.ops"),
         ("modules/x.py", "from ..training import lottery_ticket"),
         ("io/x.py", "from sparseft import attach"),

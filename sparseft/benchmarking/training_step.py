@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparseft.attach import Attachment, attach
+from sparseft.attachment import Attachment, attach
 from sparseft.benchmarking.paired import Comparison, alternate
 from sparseft.diff import SparsePattern
 from sparseft.optim import SparseAdamW

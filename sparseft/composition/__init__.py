@@ -2,7 +2,7 @@
 
 Belongs here: composition methods (one file each, registered with `register_method`), the union of
 the entries of several adapters, exact apply and revert, merging into one adapter or a checkpoint.
-Does not belong here: training (sparseft/attach.py, sparseft/training), choosing entries
+Does not belong here: training (sparseft/attachment.py, sparseft/training), choosing entries
 (sparseft/selection).
 """
 

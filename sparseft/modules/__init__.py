@@ -2,7 +2,7 @@
 
 Belongs here: names of parameters, who has changed them in place, fingerprints of a model, the class
 swap that makes reads of a masked weight differentiable at its mask, and the compact leaves. Does
-not belong here: the user-facing `attach` (sparseft/attach.py), optimizers, choosing masks.
+not belong here: the user-facing `attach` (sparseft/attachment.py), optimizers, choosing masks.
 """
 
 from sparseft.modules.fingerprint import fingerprint_model, verify_fingerprint

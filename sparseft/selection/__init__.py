@@ -2,7 +2,7 @@
 
 Belongs here: methods (one file each, registered with `register_selector`), counts and scopes, the
 masks they give. Does not belong here: the exact top-k (sparseft/ops/topk.py), putting masks on a
-model (sparseft/attach.py).
+model (sparseft/attachment.py).
 """
 
 from sparseft.selection.file import select_file

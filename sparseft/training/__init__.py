@@ -2,7 +2,7 @@
 describe.
 
 Here: when to train what, and going on after an interruption. Not here: what a mask does to a model
-(``sparseft.attach``), how it is chosen (``sparseft.selection``), data and scores.
+(``sparseft.attachment``), how it is chosen (``sparseft.selection``), data and scores.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from sparseft.training.rng import seed_everything
 from sparseft.training.state import RunState
 
 if TYPE_CHECKING:
-    from sparseft.attach import Attachment
+    from sparseft.attachment import Attachment
 
 __all__ = ["MakeTrainer", "Phase", "TrainerLike", "run_phase", "trainer_settings"]
 

@@ -249,7 +249,7 @@ class TicketRun:
         previous: Adapter | None,
         save: Callable[[Adapter], Any],
     ) -> None:
-        from sparseft.attach import attach
+        from sparseft.attachment import attach
 
         self._begin(previous)
         if previous is not None:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from sparseft import Adapter, SparseAdamW, attach
-from sparseft.attach import attachments_of
+from sparseft.attachment import attachments_of
 from sparseft.errors import AttachError, BaseMismatchError, MaskError, UnknownNameError
 from sparseft.modules.leaves import leaf_attribute
 from sparseft.modules.storage_stack import Holder, bottom_value, push

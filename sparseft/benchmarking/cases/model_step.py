@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparseft.attach import attach
+from sparseft.attachment import attach
 from sparseft.benchmarking.checks import Check, as_accurate, equal_bits, worst
 from sparseft.benchmarking.masks import packed_pattern, random_pattern
 from sparseft.benchmarking.rotation import Timing

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sparseft.attach import Attachment, attach
+from sparseft.attachment import Attachment, attach
 from sparseft.benchmarking.checks import Check, as_accurate, equal_bits, worst
 from sparseft.benchmarking.masks import random_pattern, sectors_touched
 from sparseft.benchmarking.rotation import Timing
