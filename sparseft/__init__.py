@@ -13,7 +13,7 @@ from sparseft._version import __version__
 
 if TYPE_CHECKING:
     from sparseft.adapter import Adapter
-    from sparseft.attachment import Attachment, attach
+    from sparseft.attachment import Attachment, attach, attachments_of
     from sparseft.composition import Composer, compose_adapters
     from sparseft.diff import SparseDiff, SparsePattern
     from sparseft.errors import SparseFtError
@@ -34,6 +34,7 @@ _EXPORTS = {
     "SparsePattern": "sparseft.diff",
     "SparseSGD": "sparseft.optim",
     "attach": "sparseft.attachment",
+    "attachments_of": "sparseft.attachment",
     "backend": "sparseft.ops",
     "compose_adapters": "sparseft.composition",
     "lottery_ticket": "sparseft.training",
@@ -53,6 +54,7 @@ __all__ = [
     "SparseSGD",
     "__version__",
     "attach",
+    "attachments_of",
     "backend",
     "compose_adapters",
     "lottery_ticket",
