@@ -235,7 +235,9 @@ def _score(args: argparse.Namespace) -> Results:
         load_tokenizer,
         provenance,
     )
+    from sparseft.training.units import device_named
 
+    device = device_named(args.device, "--device")
     known = load_languages(args.language_file) if args.language_file else builtin_languages()
     task = get_task(args.task)
     adapters = _pairs(args.adapter, "--adapter")
@@ -246,9 +248,6 @@ def _score(args: argparse.Namespace) -> Results:
     settings = args.setting or _possible_settings(task_side, by_language, languages)
     _check_settings(settings, task_side, by_language, languages)
 
-    device = args.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     new: list[str] = []
     torch.manual_seed(args.seed)
     model = load_model(args.base, num_labels=len(task.labels), missing=new).to(device)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -32,6 +33,12 @@ __all__ = [
 ]
 
 SETTINGS = ("full", "task", "task+language")
+DEVICE_NAMES = "auto, cpu, cuda or cuda:N"
+
+
+def is_device_name(name: str) -> bool:
+    """Whether a text has the form of a device, whatever this machine has."""
+    return re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", name) is not None
 
 
 @dataclass(kw_only=True)
@@ -65,8 +72,7 @@ class ModelSection(_Section):
     def __post_init__(self) -> None:
         self._need("base", bool(self.base), "a folder or a hub name")
         self._need("dtype", self.dtype in ("float32", "bfloat16"), "float32 or bfloat16")
-        kind = self.device.partition(":")[0]
-        self._need("device", kind in ("auto", "cpu", "cuda"), "auto, cpu, cuda or cuda:N")
+        self._need("device", is_device_name(self.device), DEVICE_NAMES)
 
 
 @dataclass(kw_only=True)

@@ -35,11 +35,18 @@ from sparseft.training.loop import LoopTrainer
 from sparseft.training.lottery import LotteryTicketResult, SourceAdapter, lottery_ticket
 from sparseft.training.objectives import masked_lm_loss, untie_output_embeddings
 from sparseft.training.phases import MakeTrainer, Phase
-from sparseft.training.recipe import LanguageSection, Recipe, TaskSection, TrainSection
+from sparseft.training.recipe import (
+    DEVICE_NAMES,
+    LanguageSection,
+    Recipe,
+    TaskSection,
+    TrainSection,
+    is_device_name,
+)
 from sparseft.training.rng import derive_seed, seed_everything
 from sparseft.training.state import TensorFile
 
-__all__ = ["Unit", "evaluation_unit", "language_unit", "read_rows", "task_unit"]
+__all__ = ["Unit", "device_named", "evaluation_unit", "language_unit", "read_rows", "task_unit"]
 
 logger = logging.getLogger(__name__)
 
@@ -67,13 +74,28 @@ class Unit:
 # -- training ---
 
 
-def _device(name: str) -> torch.device:
+def device_named(name: str, key: str = "model.device") -> torch.device:
+    """Return the device that a recipe or a command line names.
+
+    Args:
+        name: auto (cuda where there is one), cpu, cuda or cuda:N.
+        key: what the user set, for the message.
+
+    Raises:
+        RecipeError: another name, or a device that torch does not see here.
+    """
+    if not is_device_name(name):
+        raise RecipeError(f"{key} is {name!r}, wanted {DEVICE_NAMES}.")
     available = torch.cuda.is_available()
     if name == "auto":
         return torch.device("cuda" if available else "cpu")
-    if name.startswith("cuda") and not available:
-        raise RecipeError(f"model.device is {name!r}, but torch sees no such device; use cpu.")
-    return torch.device(name)
+    device = torch.device(name)
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if available else 0
+        if (device.index or 0) >= count:
+            seen = f"only {count} (cuda:0 to cuda:{count - 1})" if count else "no such device"
+            raise RecipeError(f"{key} is {name!r}, but torch sees {seen}; use cpu or auto.")
+    return device
 
 
 def _base(recipe: Recipe) -> str:
@@ -87,7 +109,7 @@ def _load(recipe: Recipe, kind: str, **options: Any) -> tuple[Any, list[str]]:
     dtype = getattr(torch, recipe.model.dtype)
     new: list[str] = []
     model = load_model(_base(recipe), kind, missing=new, dtype=dtype, **options)
-    return model.to(_device(recipe.model.device)), new
+    return model.to(device_named(recipe.model.device)), new
 
 
 def _factory(
@@ -126,7 +148,7 @@ def _factory(
             warmup_steps=section.warmup_steps,
             max_grad_norm=section.max_grad_norm,
             autocast=torch.bfloat16 if section.autocast else None,
-            device=_device(recipe.model.device),
+            device=device_named(recipe.model.device),
             save_every=section.save_every,
             log_every=section.log_every,
             seed=phase.seed,

@@ -119,6 +119,8 @@ def test_fine_tuned_base_in_every_language_it_has_data_for(tiny, data, tmp_path,
         ({"--adapter": "task=/nowhere"}, ["/nowhere"]),
         ({"--coeff": "tsk=1"}, ["'tsk'", "Did you mean 'task'"]),
         ({"--coeff": "task=x"}, ["task=x: not a number"]),
+        ({"--device": "cpuu"}, ["--device is 'cpuu', wanted auto, cpu, cuda or cuda:N"]),
+        ({"--device": "cuda:99"}, ["--device is 'cuda:99', but torch sees"]),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )

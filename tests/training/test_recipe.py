@@ -80,6 +80,7 @@ def test_an_override_makes_a_missing_section():
         (["model=x"], r"model must be a section of keys, got 'x'"),
         (["model.base.x=1"], r"model\.base is a value, not a section"),
         (["model.device=gpu"], r"model\.device must be auto, cpu, cuda"),
+        (["model.device=cuda:x"], r"model\.device must be .*cuda:N, got 'cuda:x'"),
         (["task.seeds=[1, 1]"], r"task\.seeds must be without repetitions"),
         (["task.source_language_adapter=true"], r"needs language\.texts\.ind"),
         (["language.texts.ban=[]"], r"language\.texts\.ban lists no file"),
