@@ -52,8 +52,10 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the study; it prints its own table."""
     from sparseft.cli._output import quiet_transformers
+    from sparseft.cli.train import starting_over_by_hand
     from sparseft.demo.study import run_demo
 
     quiet_transformers()
-    run_demo(full=args.full, output_dir=args.out, seed=args.seed)
+    with starting_over_by_hand():
+        run_demo(full=args.full, output_dir=args.out, seed=args.seed)
     return 0

@@ -146,7 +146,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run_recipe(args: argparse.Namespace) -> int:
-    from sparseft.cli.train import read_recipe
+    from sparseft.cli.train import check_inputs, read_recipe
     from sparseft.training.study import run_study
 
     recipe = read_recipe(args.recipe, args.overrides)
@@ -155,6 +155,7 @@ def _run_recipe(args: argparse.Namespace) -> int:
             f"recipe {recipe.name!r} has nothing to score: it needs a task and "
             "evaluation.languages."
         )
+    check_inputs(recipe)
     study = run_study(recipe, only=("evaluate-*",), progress=True)
     if study.results is None:
         raise DataError(

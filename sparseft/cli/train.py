@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from sparseft.errors import RecipeError, ResumeError
+
 if TYPE_CHECKING:
     from sparseft.training.recipe import Recipe
     from sparseft.training.study import StudyResult
@@ -98,12 +100,38 @@ def read_recipe(source: str, overrides: list[str]) -> Recipe:
     return load_recipe(data, expand_overrides(overrides, data))
 
 
+def check_inputs(recipe: Recipe) -> None:
+    """Refuse a study that has something left to do and no data folder to do it from."""
+    from sparseft.training.study import study_units
+
+    if not all(unit.done() for unit in study_units(recipe)):
+        recipe.check_data_dir()
+
+
+@contextmanager
+def starting_over_by_hand() -> Iterator[None]:
+    """Turn a refusal to go on with other settings into bad input, said for the command line.
+
+    The library's message names an argument of Python that no command has.
+    """
+    from sparseft.training.state import START_OVER
+
+    try:
+        yield
+    except ResumeError as error:
+        if START_OVER not in str(error):  # another process is in the folder, say
+            raise
+        by_hand = "delete that folder to start over"
+        raise RecipeError(str(error).replace(START_OVER, by_hand)) from error
+
+
 def run(args: argparse.Namespace) -> int:
     """Run what is missing of the study."""
     from sparseft.cli._output import quiet_transformers
     from sparseft.training.study import run_study, study_units
 
     recipe = read_recipe(args.recipe, args.overrides)
+    check_inputs(recipe)
     if args.list_units:
         for unit in study_units(recipe):
             print(f"{'done   ' if unit.done() else 'to do  '} {unit.name}")
@@ -114,7 +142,7 @@ def run(args: argparse.Namespace) -> int:
     def announce(unit: Unit, number: int, of: int) -> None:
         print(f"[{number}/{of}] {unit.name}", file=sys.stderr, flush=True)
 
-    with _log_to_stderr():
+    with _log_to_stderr(), starting_over_by_hand():
         result = run_study(recipe, only=args.only, progress=in_terminal, on_unit=announce)
     _report(recipe, result)
     return 0

@@ -294,6 +294,22 @@ class Recipe(_Section):
         given = Path(text).expanduser()
         return given if given.is_absolute() else Path(self.data_dir).expanduser() / given
 
+    def check_data_dir(self) -> None:
+        """Check that ``data_dir`` is there, before what is not found below it is taken for a name.
+
+        Raises:
+            RecipeError: it is no folder.
+        """
+        folder = Path(self.data_dir).expanduser()
+        if folder.is_dir():
+            return
+        what = "is not a folder" if folder.exists() else "does not exist"
+        from_here = "" if folder.is_absolute() else f", seen from {Path.cwd()}"
+        raise RecipeError(
+            f"data_dir {self.data_dir!r} {what}{from_here} (recipe key data_dir). Set it to the "
+            "folder that the recipe's relative paths start from: data_dir=FOLDER."
+        )
+
     def as_dict(self) -> dict[str, Any]:
         """Return the recipe as nested plain containers."""
         return dataclasses.asdict(self)

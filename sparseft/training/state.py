@@ -19,6 +19,7 @@ from sparseft.errors import ResumeError
 from sparseft.io.atomic import atomic_write, atomic_write_json
 
 __all__ = [
+    "START_OVER",
     "RunState",
     "TensorFile",
     "differences",
@@ -28,6 +29,8 @@ __all__ = [
 ]
 
 _FORMAT = 1
+# How a caller from Python starts over. The commands, which have no such argument, replace it.
+START_OVER = "pass resume=False to start over"
 
 
 class TensorFile(Mapping[str, Tensor]):
@@ -125,7 +128,7 @@ class RunState:
             raise ResumeError(
                 f"{path.parent} holds a run with other settings, which these cannot go on with:\n  "
                 + "\n  ".join(changed)
-                + "\nRestore them, use another output_dir, or pass resume=False to start over."
+                + f"\nRestore them, use another output_dir, or {START_OVER}."
             )
 
     def write(self) -> None:
@@ -156,7 +159,7 @@ class RunState:
             raise ResumeError(
                 f"phase {phase!r} in {self.path.parent} was begun with other trainer settings:\n  "
                 + "\n  ".join(changed)
-                + "\nRestore them, use another output_dir, or pass resume=False to start over."
+                + f"\nRestore them, use another output_dir, or {START_OVER}."
             )
 
     def finish(self, phase: str, **facts: Any) -> None:

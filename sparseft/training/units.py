@@ -100,6 +100,7 @@ def device_named(name: str, key: str = "model.device") -> torch.device:
 
 def _base(recipe: Recipe) -> str:
     """Return the base as a path where it is one, also below ``data_dir``."""
+    recipe.check_data_dir()  # without it a folder's name would be looked for on the hub
     below = recipe.path(recipe.model.base)
     return str(below) if below.is_dir() else recipe.model.base
 

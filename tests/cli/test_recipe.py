@@ -65,3 +65,55 @@ def test_bad_recipes_are_named(recipe, capsys):
     assert "Did you mean 'split'" in capsys.readouterr().err
     assert main(["eval", str(recipe), "evaluation.languages=[]"]) == 2
     assert "has nothing to score" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [("train",), ("eval",), ("train", "--list")], ids=" ".join)
+@pytest.mark.parametrize("name", ["nusax_senti", None], ids=["shipped", "own"])
+def test_a_data_dir_that_is_not_there_is_named_and_no_name_is_looked_up(
+    recipe, tmp_path, capsys, monkeypatch, words, name
+):
+    """Without its folder the base would be taken for a name on the hub."""
+
+    def looked_up(*args, **kwargs):
+        raise AssertionError("the base was looked up")
+
+    for loader in ("load_model", "load_tokenizer"):
+        monkeypatch.setattr(f"sparseft.training.units.{loader}", looked_up)
+    out = f"output_dir={tmp_path / 'out'}"
+    command, *options = words
+    assert main([command, name or str(recipe), "data_dir=/nope", out, *options]) == 2
+    err = capsys.readouterr().err
+    assert "data_dir '/nope' does not exist (recipe key data_dir)" in err
+    assert "multilingual" not in err
+
+    monkeypatch.chdir(tmp_path)
+    assert main([command, name or str(recipe), "data_dir=nope", out, *options]) == 2
+    assert f"data_dir 'nope' does not exist, seen from {tmp_path}" in capsys.readouterr().err
+
+
+def test_a_finished_study_needs_no_data(recipe, capsys):
+    assert main(["train", str(recipe)]) == 0
+    capsys.readouterr()
+    assert main(["train", str(recipe), "data_dir=/nope", "--list"]) == 0
+    assert "to do" not in capsys.readouterr().out
+
+
+def test_other_settings_on_a_begun_run_are_bad_input(recipe, tmp_path, capsys, monkeypatch):
+    """And the way out is one that the command line has."""
+    from sparseft.training.loop import LoopTrainer
+
+    def interrupt(self, batches):
+        raise KeyboardInterrupt
+
+    words = ["train", str(recipe), f"output_dir={tmp_path}", "--only", "language-ban"]
+    with monkeypatch.context() as patch:
+        patch.setattr(LoopTrainer, "_accumulated_loss", interrupt)
+        assert main(words) == 130
+    capsys.readouterr()
+    for change in ("language.steps=4", "language.seed=9"):
+        assert main([*words, change]) == 2
+        err = capsys.readouterr().err
+        assert str(tmp_path / "language-ban") in err
+        assert f"{change.partition('.')[2].partition('=')[0]}: was " in err
+        assert "use another output_dir, or delete that folder to start over" in err
+        assert "resume=False" not in err
