@@ -61,10 +61,12 @@ class Composer:
     stack: whoever changed it last undoes first, others get `StackOrderError`.
 
     The weights themselves must not be trained while adapters are applied: a revert would undo the
-    steps at the adapters' entries and keep them everywhere else. Evenly spaced entries of each
-    parameter (4,096 at most) are compared before every apply, switch and revert, so a dense
-    optimizer step is refused there, by `StackOrderError`, with the model left as it is; a change of
-    a few entries may pass. Train with `attach`, whose change is taken off before.
+    steps at the adapters' entries and keep them everywhere else. Evenly spaced ones of those
+    entries (128 at most in each parameter) are compared before every apply, switch and revert, so a
+    dense optimizer step is refused there, by `StackOrderError`, with the model left as it is. A
+    change that misses them all passes: of a few entries, or of a few rows of an embedding and
+    nothing else. Load the base again and `revert`, or keep the weights with `forget`. Train with
+    `attach`, whose change is taken off before.
     """
 
     def __init__(
@@ -195,16 +197,34 @@ class Composer:
     def revert(self) -> None:
         """Take everything off: the base again, bit for bit. Does nothing when nothing is active.
 
+        A parameter may hold the base already, because it was loaded over the adapters.
+
         Raises:
             StackOrderError: somebody changed the parameters after us; the message names them.
         """
         self._go_to(Composition(), "revert")
 
+    def forget(self) -> None:
+        """Give up the way back: nothing is active any more, and no weight is written.
+
+        What the parameters hold now, adapters included, is the model's own from here on: later
+        adapters are checked against it, and `attach` names no parents. For weights that were
+        changed or replaced while adapters lay on them. Blocks of `composed` that are open put
+        nothing back when they end.
+
+        Raises:
+            StackOrderError: somebody changed the parameters after us; the message names them.
+        """
+        self._placement.forget()
+        self._frames.clear()
+        self._reindex()
+
     @contextmanager
     def composed(
         self, which: Which, coeffs: Coeffs = None, *, method: str = "linear", **options: Any
     ) -> Iterator[Composer]:
-        """Switch for the length of a ``with`` block; afterwards what was active before is back.
+        """Switch for the length of a ``with`` block; afterwards what was active before is back
+        (nothing is after a `forget` inside).
 
         Blocks nest; inside, apply, switch and revert may be used. Arguments and errors as in
         `apply`.
@@ -219,36 +239,38 @@ class Composer:
         try:
             yield self
         finally:
-            if self._frames[-1] is not frame:
-                raise StackOrderError(
-                    "composed(...) blocks were left out of order: "
-                    f"{len(self._frames) - 1 - self._frames.index(frame)} entered later are still "
-                    "open. Leave the innermost first."
-                )
-            self._frames.pop()
-            self._go_to(before, "switch")
+            if frame in self._frames:  # else forgotten
+                if self._frames[-1] is not frame:
+                    raise StackOrderError(
+                        "composed(...) blocks were left out of order: "
+                        f"{len(self._frames) - 1 - self._frames.index(frame)} entered later are "
+                        "still open. Leave the innermost first."
+                    )
+                self._frames.pop()
+                self._go_to(before, "switch")
 
     def __repr__(self) -> str:
         return f"Composer(adapters={self.names()}, active={self.active})"
 
     # How.
 
-    def _check_held(self, action: str) -> None:
+    def _check_held(self, action: str, *, leaving: bool = False) -> set[str]:
         """Check that what we changed is still the model's, and that nobody changed it since."""
-        self._placement.require_top(action)
+        based = self._placement.require_top(action, leaving=leaving)
         if lost := self._fitter.replaced(self._placement.names):
             raise StackOrderError(
                 f"cannot {action} {lost[0]!r}: {self._placement.composition.label} lies on a "
                 "parameter that was replaced by another object since (a resized embedding, "
-                "load_state_dict(assign=True)), so the base cannot be put back. Load it again; "
-                "resize or replace before adapters are applied."
+                "load_state_dict(assign=True)), so the base cannot be put back. Load it again and "
+                "forget(), which writes nothing; resize or replace before adapters are applied."
             )
+        return based
 
     def _go_to(self, target: Composition, action: str) -> None:
-        self._check_held(action)
+        based = self._check_held(action, leaving=not target.coeffs)
         index = self._fitter.index
         names = [*target.plans, *target.dense]
-        self._placement.replace(target, {name: index.get(name) for name in names})
+        self._placement.replace(target, {name: index.get(name) for name in names}, based)
 
     def _refresh(self) -> None:
         """Index the model anew if parameters have been replaced by other objects."""
@@ -256,11 +278,16 @@ class Composer:
         old = self._fitter
         if old.replaced(dict.fromkeys(names)):
             self._check_held("switch")
-            self._fitter = Fitter(
-                self.model, missing=old.missing, dense=old.dense, check_base=old.check_base
-            )
-            self._fits.clear()
-            self._plans.clear()
+            self._reindex()
+
+    def _reindex(self) -> None:
+        """Look at the model anew: its parameters' objects and base."""
+        old = self._fitter
+        self._fitter = Fitter(
+            self.model, missing=old.missing, dense=old.dense, check_base=old.check_base
+        )
+        self._fits.clear()
+        self._plans.clear()
 
     def _compose(
         self, coeffs: dict[str, float], method: str, options: dict[str, Any]

@@ -8,13 +8,15 @@ it was.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+from sparseft._integrity import bits_equal
 from sparseft.composition.linear import compose_linear
 from sparseft.composition.plan import TensorPlan
 from sparseft.composition.registry import Term
@@ -95,13 +97,22 @@ class Placement:
         """Canonical names of the parameters that are changed now."""
         return list(self._places)
 
-    def require_top(self, action: str) -> None:
+    def require_top(self, action: str, *, leaving: bool = False) -> set[str]:
         """Check that nobody changed any of our parameters since.
+
+        Args:
+            action: what is about to happen, for the messages.
+            leaving: everything is to be taken off, so that a parameter may hold the base already:
+                all its entries that we overwrote have their saved bits, as after loading the base.
+
+        Returns:
+            The names of the parameters that do; empty unless ``leaving``.
 
         Raises:
             StackOrderError: somebody did; the message names them if they are on the stack.
             CompositionError: the model was cast meanwhile, so the saved bits do not fit it.
         """
+        based = set()
         for name, place in self._places.items():
             require_top(place.parameter, place.holder, name=name, action=action)
             now, then = place.parameter.dtype, place.holder.saved.dtype
@@ -110,23 +121,53 @@ class Placement:
                     f"cannot {action} {name!r}: it was {then} when {place.holder.label} was "
                     f"applied and is {now} now. Cast the model back, or revert before casting."
                 )
-            if place.written is not None and not place.written.agrees(place.parameter):
+            if place.written is None or place.written.agrees(place.parameter):
+                continue
+            if not leaving or not _holds_saved(place):
                 raise StackOrderError(
                     f"cannot {action} {name!r}: its values were changed (an optimizer step, "
                     f"load_state_dict, a cast and back) while {place.holder.label} lay on it. "
                     "Putting the base back would undo that at the adapters' entries and keep it "
-                    "everywhere else. Revert before changing the weights, or train with "
-                    "sparseft.attach, which takes its change off again; save what is there now "
-                    "with state_dict(), and load the base again."
+                    "everywhere else. Save what is there with state_dict() if it matters; then "
+                    "load the base with load_state_dict() and revert(), or keep the weights as "
+                    "they are with forget(), which writes nothing. Next time revert before "
+                    "changing the weights, or train with sparseft.attach, which takes its change "
+                    "off again."
                 )
+            based.add(name)
+        return based
+
+    def forget(self) -> None:
+        """Take our holders off and write nothing: what is there now is the model's own.
+
+        Parameters that were replaced or cast since are let go of, too, and so are those of a deep
+        copy, which no stack knows.
+
+        Raises:
+            StackOrderError: somebody changed a parameter after us; nothing is taken off then.
+        """
+        held = {name: place for name, place in self._places.items() if _is_held(place)}
+        for name, place in held.items():
+            require_top(place.parameter, place.holder, name=name, action="forget")
+        with _journal() as undo:
+            for name, place in held.items():
+                undo.append(functools.partial(_hold_again, place))
+                pop(place.parameter, place.holder, name=name)
+            self._places, self.composition = {}, Composition()
 
     @torch.no_grad()
-    def replace(self, target: Composition, parameters: Mapping[str, nn.Parameter]) -> None:
+    def replace(
+        self,
+        target: Composition,
+        parameters: Mapping[str, nn.Parameter],
+        based: Collection[str] = (),
+    ) -> None:
         """Take off what lies on the model and put ``target`` on; call `require_top` first.
 
         Args:
             target: the composition to come.
             parameters: the model's, by canonical name; those of ``target`` at least.
+            based: names that hold the base already, from `require_top`; ``target`` is empty then.
 
         Any exception leaves the model, the stacks and this object as they were.
         """
@@ -141,7 +182,7 @@ class Placement:
         }
         with _journal() as undo:
             for name in [n for n in self._places if n not in keep]:
-                self._take_off(name, before, undo)
+                self._take_off(name, before, undo, based=name in based)
             for name, plan in target.plans.items():
                 if name in keep:
                     self._reweight(name, plan, before, target, undo)
@@ -175,18 +216,19 @@ class Placement:
         write_sum_(weight, indices, base, total)
         place.written = Witness.of(weight, indices)
 
-    def _take_off(self, name: str, before: Composition, undo: list[Callable[[], None]]) -> None:
+    def _take_off(
+        self, name: str, before: Composition, undo: list[Callable[[], None]], *, based: bool
+    ) -> None:
         place = self._places[name]
         plan = place.plan
         dense_now = place.parameter.detach().clone() if plan is None else None
 
         def put_back() -> None:
             self._places[name] = place
-            if not _is_held(place):
-                push(place.parameter, place.holder)
+            _hold_again(place)
             if dense_now is not None:
                 place.parameter.detach().copy_(dense_now)
-            if plan is not None:
+            if plan is not None and not based:
                 self._write(place, plan, before)
 
         undo.append(put_back)
@@ -260,6 +302,19 @@ class Placement:
 
 def _is_held(place: _Place) -> bool:
     return any(h is place.holder for h in holders(place.parameter))
+
+
+def _hold_again(place: _Place) -> None:
+    if not _is_held(place):
+        push(place.parameter, place.holder)
+
+
+def _holds_saved(place: _Place) -> bool:
+    """Whether every entry that we overwrote has its saved bits."""
+    weight, holder = place.parameter.detach(), place.holder
+    if holder.indices is not None:
+        weight = gather_entries(weight, holder.indices.to(weight.device))
+    return bits_equal(weight, holder.saved.to(weight.device))
 
 
 def _restore(place: _Place) -> None:
