@@ -29,7 +29,7 @@ __all__ = ["SparseAdamW", "SparseLion", "SparseSGD"]
 _UNKNOWN_TO_US = ("amsgrad", "maximize")
 
 
-def _check_at_least_zero(owner: str, **values: float) -> None:
+def _check_at_least_zero(owner: str, **values: float | Tensor) -> None:
     for name, value in values.items():
         if not float(value) >= 0.0:
             raise ValueError(f"{owner}: {name}={value}; it should be 0 or more.")
@@ -38,6 +38,15 @@ def _check_at_least_zero(owner: str, **values: float) -> None:
 def _check_betas(owner: str, betas: tuple[float, float]) -> None:
     if not all(0.0 <= beta < 1.0 for beta in betas):
         raise ValueError(f"{owner}: {betas=}; each should be in [0, 1).")
+
+
+def _check_decoupled(owner: str, group: dict[str, Any]) -> None:
+    if not group.get("decoupled_weight_decay", True) and group["weight_decay"] != 0:
+        raise ValueError(
+            f"{owner}: a group has weight_decay={group['weight_decay']} with "
+            "decoupled_weight_decay=False, which is Adam's L2 term in the gradient; here it would "
+            "become decoupled decay. Go on with torch.optim.Adam, or set weight_decay=0 there."
+        )
 
 
 class _Kind(NamedTuple):
@@ -68,22 +77,49 @@ class _SparseOptimizer(Optimizer, ABC):
     # GradScaler then hands over `grad_scale` and `found_inf` as tensors and never waits for them.
     _step_supports_amp_scaling: ClassVar[bool] = True
     _rule: ClassVar[str]
+    _all_moments: ClassVar[tuple[str, ...]]
 
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
-        owner = type(self).__name__
-        if defaults["moment_bits"] not in (8, 32):
-            raise ValueError(
-                f"{owner}: moment_bits={defaults['moment_bits']}; it should be 8 or 32."
-            )
+        self._check_group(defaults)
+        _check_at_least_zero(type(self).__name__, lr=defaults["lr"])
         super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters, as torch does, with options checked as the constructor's.
+
+        Raises:
+            ValueError: an option out of range, or one of torch's that would be ignored here.
+        """
+        if isinstance(param_group, dict):
+            options = {**self.defaults, **param_group}
+            self._check_group(options)
+            _check_at_least_zero(type(self).__name__, lr=options["lr"])
+        super().add_param_group(param_group)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        """Raise ValueError where a group's options, all there, cannot be honoured.
+
+        Of the lr, which schedulers may bring to a rounding error below 0, no loaded state is held
+        to be wrong.
+        """
+        owner = type(self).__name__
+        for name in _UNKNOWN_TO_US:
+            if group.get(name):
+                raise ValueError(
+                    f"{owner}: a group has {name}=True, which would be ignored here; use the "
+                    "torch.optim class that has it."
+                )
+        if group["moment_bits"] not in (8, 32):
+            raise ValueError(f"{owner}: moment_bits={group['moment_bits']}; it should be 8 or 32.")
+        _check_at_least_zero(owner, weight_decay=group["weight_decay"])
 
     @abstractmethod
     def _hyper(self, group: dict[str, Any]) -> tuple[float, ...]:
         """Return a group's row as `sparseft.ops.sparse_step.HYPER` names it, without the lr."""
 
-    @abstractmethod
     def _moments(self, group: dict[str, Any]) -> tuple[str, ...]:
-        """Return the names of the moments in ``state``."""
+        """Return the names of the moments that a group keeps."""
+        return self._all_moments
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:
@@ -189,7 +225,7 @@ class _SparseOptimizer(Optimizer, ABC):
             state = self._state(entry, kind, on_device=backend == "triton")
             steps.append(state["step"])
             for place, name in enumerate(kind.moments):
-                columns[place].append(state[name])
+                columns[place].append(state[_key(name, kind.moment_bits)])
                 if kind.moment_bits == 8:
                     columns[2 + place].append(state[f"{name}_scale"])
         written = [e.masked for e in entries if e.masked is not None]
@@ -214,9 +250,10 @@ class _SparseOptimizer(Optimizer, ABC):
 
     def _state(self, entry: _Entry, kind: _Kind, *, on_device: bool) -> dict[str, Any]:
         """Return a parameter's state, made at its first step and checked at each."""
-        p, names = entry.parameter, kind.moments
+        p, names = entry.parameter, [_key(name, kind.moment_bits) for name in kind.moments]
         state = self.state[p]
         if "step" not in state or any(state.get(name) is None for name in names):
+            self._check_bits(state, kind.moments, kind.moment_bits, entry.number)
             group = self.param_groups[entry.group]
             self._start(state, p, kind, on_device=on_device or group["capturable"])
         step = state["step"]
@@ -234,9 +271,22 @@ class _SparseOptimizer(Optimizer, ABC):
                 )
         return state
 
+    def _check_bits(
+        self, state: dict[str, Any], names: Iterable[str], bits: int, number: int
+    ) -> None:
+        """Raise ValueError where a parameter's moments are there in the other precision."""
+        other = 32 if bits == 8 else 8
+        for key in (_key(name, other) for name in names):
+            if state.get(key) is not None:
+                raise ValueError(
+                    f"{type(self).__name__}: the state of parameter {number} has {other}-bit "
+                    f"moments ({key!r}), its group moment_bits={bits}; build the optimizer with "
+                    f"moment_bits={other} to go on from this state."
+                )
+
     def _start(self, state: dict[str, Any], p: Tensor, kind: _Kind, *, on_device: bool) -> None:
         names = kind.moments
-        missing = [n for n in names if state.get(n) is None]
+        missing = [n for n in names if state.get(_key(n, kind.moment_bits)) is None]
         # A state of torch.optim.SGD counts no steps; its buffer then is past the first. A buffer
         # made later (momentum switched on) starts over.
         started = 0.0 if missing or not names else 1.0
@@ -252,41 +302,60 @@ class _SparseOptimizer(Optimizer, ABC):
             if kind.moment_bits == 32:
                 state[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
             else:
-                state[name] = torch.zeros(p.shape, dtype=_code_dtype(place), device=p.device)
+                codes = torch.zeros(p.shape, dtype=_code_dtype(place), device=p.device)
+                state[_key(name, 8)] = codes
                 state[f"{name}_scale"] = torch.zeros(scales_of(p.numel()), device=p.device)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        for group in self.param_groups:
-            for name in _UNKNOWN_TO_US:
-                if group.get(name):
-                    raise ValueError(
-                        f"{type(self).__name__}: the state was made with {name}=True, which would "
-                        "be ignored here; go on with the torch.optim class that made it."
-                    )
-            for name, default in self.defaults.items():
+        # Checked first: a state that is refused leaves the optimizer as it was.
+        defaults = state["defaults"] if "defaults" in state else self.defaults
+        number = -1
+        for group in state["param_groups"]:
+            for name, default in defaults.items():
                 group.setdefault(name, default)
+            self._check_group(group)
+            if "decoupled_weight_decay" in group:
+                group["decoupled_weight_decay"] = True  # False, without decay, says the same
+            for p in group["params"]:
+                number += 1
+                self._check_state(state["state"].get(p, {}), group, number)
+        super().__setstate__(state)
+
+    def _check_state(self, state: dict[str, Any], group: dict[str, Any], number: int) -> None:
+        keys = {"step", *(k for n in self._all_moments for k in (n, f"{n}_code", f"{n}_scale"))}
+        if strange := sorted(set(state) - keys):
+            raise ValueError(
+                f"{type(self).__name__}: the state of parameter {number} has {strange[0]!r}, which "
+                "would be ignored here; go on with the class that made it."
+            )
+        self._check_bits(state, self._moments(group), group["moment_bits"], number)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict`` returned, ours or torch.optim's of the same rule.
 
         Raises:
-            ValueError: other groups or parameters; ``amsgrad`` or ``maximize``.
+            ValueError: other groups or parameters; moments of another rule or precision; options
+                that would be ignored (``amsgrad``, ``maximize``, the coupled decay of Adam). The
+                optimizer then stays as it was.
         """
         super().load_state_dict(state_dict)
         # torch casts all state to the parameter's dtype; codes and their scales are put back.
         for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
             for key, p in zip(saved["params"], group["params"], strict=True):
                 for name, value in state_dict["state"].get(key, {}).items():
-                    if name.endswith("_scale") or getattr(value, "dtype", None) in _CODES:
+                    if name.endswith(("_scale", "_code")):
                         self.state[p][name] = value.to(p.device, copy=True)
 
 
-_CODES = (torch.int8, torch.uint8)
-
-
 def _code_dtype(place: int) -> torch.dtype:
-    return _CODES[place]  # first moments are signed
+    return (torch.int8, torch.uint8)[place]  # first moments are signed
+
+
+def _key(moment: str, bits: int) -> str:
+    """Return a moment's key in ``state``. Codes have one of their own: under its name torch.optim
+    would take them for the moment.
+    """
+    return moment if bits == 32 else f"{moment}_code"
 
 
 def _scalar(x: Tensor | None, device: torch.device) -> Tensor | None:
@@ -307,11 +376,13 @@ class SparseAdamW(_SparseOptimizer):
         weight_decay: decoupled; pulls a diff to zero, that is the weight to its base.
         capturable: count steps on the device, so that ``step()`` can be captured in a CUDA graph.
         moment_bits: 8 keeps a byte per moment and entry, with one scale per 256 entries (the map is
-            in `sparseft.ops._moments`); 32 keeps them in the parameter's dtype.
+            in `sparseft.ops._moments`; in ``state``, ``exp_avg_code`` and ``exp_avg_scale``); 32
+            keeps them in the parameter's dtype.
         stochastic_rounding: write masked bf16 and fp16 weights as ``sr(base + leaf)``, whose mean
             is the exact sum. The leaf stays the fp32 master either way, so nothing small is lost by
             rounding to nearest; this removes the bias of the weights the forward pass sees.
-            `Attachment.sync_` and loading a state write the nearest again.
+            Checkpoints keep these weights bit for bit; `Attachment.sync_`, a cast, and loading a
+            compact checkpoint, which has no weights, write the nearest again.
         seed: of the stochastic rounding, with parameter number, flat index and step.
 
     Raises:
@@ -323,6 +394,7 @@ class SparseAdamW(_SparseOptimizer):
     """
 
     _rule = "adamw"
+    _all_moments = ("exp_avg", "exp_avg_sq")
 
     def __init__(
         self,
@@ -337,8 +409,6 @@ class SparseAdamW(_SparseOptimizer):
         stochastic_rounding: bool = False,
         seed: int = 0,
     ) -> None:
-        _check_at_least_zero("SparseAdamW", lr=float(lr), eps=eps, weight_decay=weight_decay)
-        _check_betas("SparseAdamW", betas)
         shared = {
             "capturable": capturable,
             "moment_bits": moment_bits,
@@ -346,14 +416,19 @@ class SparseAdamW(_SparseOptimizer):
             "seed": seed,
         }
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        # As torch.optim.AdamW has it: torch.optim.Adam, given our state, goes on in the same way.
+        defaults["decoupled_weight_decay"] = True
         super().__init__(params, defaults | shared)
 
     def _hyper(self, group: dict[str, Any]) -> tuple[float, ...]:
         beta1, beta2 = group["betas"]
         return group["weight_decay"], float(beta1), float(beta2), group["eps"], 0.0
 
-    def _moments(self, group: dict[str, Any]) -> tuple[str, ...]:
-        return "exp_avg", "exp_avg_sq"
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        _check_at_least_zero("SparseAdamW", eps=group["eps"])
+        _check_betas("SparseAdamW", group["betas"])
+        _check_decoupled("SparseAdamW", group)
 
 
 class SparseLion(_SparseOptimizer):
@@ -375,6 +450,7 @@ class SparseLion(_SparseOptimizer):
     """
 
     _rule = "lion"
+    _all_moments = ("exp_avg",)
 
     def __init__(
         self,
@@ -388,8 +464,6 @@ class SparseLion(_SparseOptimizer):
         stochastic_rounding: bool = False,
         seed: int = 0,
     ) -> None:
-        _check_at_least_zero("SparseLion", lr=float(lr), weight_decay=weight_decay)
-        _check_betas("SparseLion", betas)
         shared = {
             "capturable": capturable,
             "moment_bits": moment_bits,
@@ -402,8 +476,10 @@ class SparseLion(_SparseOptimizer):
         beta1, beta2 = group["betas"]
         return group["weight_decay"], float(beta1), float(beta2), 0.0, 0.0
 
-    def _moments(self, group: dict[str, Any]) -> tuple[str, ...]:
-        return ("exp_avg",)
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        _check_betas("SparseLion", group["betas"])
+        _check_decoupled("SparseLion", group)
 
 
 class SparseSGD(_SparseOptimizer):
@@ -429,6 +505,7 @@ class SparseSGD(_SparseOptimizer):
     """
 
     _rule = "sgd"
+    _all_moments = ("momentum_buffer",)
 
     def __init__(
         self,
@@ -444,14 +521,6 @@ class SparseSGD(_SparseOptimizer):
         stochastic_rounding: bool = False,
         seed: int = 0,
     ) -> None:
-        _check_at_least_zero(
-            "SparseSGD", lr=float(lr), momentum=momentum, weight_decay=weight_decay
-        )
-        if nesterov and (momentum <= 0 or dampening != 0):
-            raise ValueError(
-                f"SparseSGD: nesterov needs momentum > 0 and dampening 0; got {momentum=}, "
-                f"{dampening=}."
-            )
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -470,4 +539,14 @@ class SparseSGD(_SparseOptimizer):
         return group["weight_decay"], momentum, dampening, 0.0, float(group["nesterov"])
 
     def _moments(self, group: dict[str, Any]) -> tuple[str, ...]:
-        return ("momentum_buffer",) if group["momentum"] != 0 else ()
+        return self._all_moments if group["momentum"] != 0 else ()
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        momentum, dampening = group["momentum"], group["dampening"]
+        _check_at_least_zero("SparseSGD", momentum=momentum)
+        if group["nesterov"] and (momentum <= 0 or dampening != 0):
+            raise ValueError(
+                f"SparseSGD: nesterov needs momentum > 0 and dampening 0; got {momentum=}, "
+                f"{dampening=}."
+            )

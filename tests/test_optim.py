@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -371,14 +372,53 @@ def test_stochastic_rounding_is_unbiased_reproducible_and_loads():
     assert not written(sparse)
     # 200 draws of errors below 2**-8, uniform: five standard deviations of their sum
     assert abs(bias) < 5 * 200**0.5 * 2**-8 / 3**0.5
-    # A checkpoint of it belongs to its base; loading rounds to nearest.
+    # A checkpoint of it belongs to its base, and is loaded as it is.
     state = copy.deepcopy(model.state_dict())
     fresh, sparse = attached(torch.bfloat16)
     fresh.load_state_dict(state)
-    assert written(sparse)
+    assert torch.equal(weight, fresh[0].weight)
     state["0.weight"].add_(1.0)
     with pytest.raises(BaseMismatchError):
         attached(torch.bfloat16)[0].load_state_dict(state)
+
+
+@pytest.mark.parametrize("kind", [SparseAdamW, SparseLion, SparseSGD])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_stochastic_rounding_resumes_bit_for_bit(kind, dtype):
+    def build():
+        model, sparse = attached(dtype)
+        return model, sparse, kind(sparse.parameters(), lr=1e-2, stochastic_rounding=True, seed=5)
+
+    def train(sparse, optimizer, steps):
+        for step in steps:
+            set_gradients(sparse, step)
+            optimizer.step()
+
+    model, sparse, optimizer = build()
+    train(sparse, optimizer, range(4))
+    assert not written(sparse)
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    fresh, again, second = build()
+    fresh.load_state_dict(saved[0])
+    second.load_state_dict(saved[1])
+    assert torch.equal(fresh[0].weight, model[0].weight)
+    for steps in (range(4, 5), range(5, 8)):
+        train(sparse, optimizer, steps)
+        train(again, second, steps)
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(tensor, fresh.state_dict()[name]), name
+
+
+def test_a_closure_sees_the_stochastically_rounded_weight():
+    model, sparse = attached(torch.bfloat16)
+    optimizer = SparseAdamW(sparse.parameters(), lr=1e-2, stochastic_rounding=True)
+    set_gradients(sparse, 0)
+    optimizer.step()
+    weight = model[0].weight.detach().clone()
+    assert not written(sparse)
+    seen = []
+    optimizer.step(lambda: seen.append(model[0].weight.detach().clone()) or 0.0)
+    assert torch.equal(seen[0], weight)
 
 
 def test_momentum_switched_on_later_starts_with_the_gradient():
@@ -412,6 +452,143 @@ def test_torch_s_groups_load_too(ours):
     other.param_groups[0]["maximize"] = True
     with pytest.raises(ValueError, match="maximize=True"):
         one.load_state_dict(other.state_dict())
+
+
+def stepped(kind, **options):
+    p = nn.Parameter(torch.ones(3))
+    optimizer = kind([p], lr=1e-2, **options)
+    p.grad = torch.ones(3)
+    optimizer.step()
+    return p, optimizer
+
+
+def refuses(optimizer, state, match):
+    """Loading raises, and leaves the optimizer as it was."""
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match=match):
+        optimizer.load_state_dict(copy.deepcopy(state))
+    after = optimizer.state_dict()
+    assert after["param_groups"] == before["param_groups"]
+    assert after["state"].keys() == before["state"].keys()
+    for key, kept in before["state"].items():
+        assert after["state"][key].keys() == kept.keys()
+        assert all(torch.equal(after["state"][key][n], t) for n, t in kept.items())
+
+
+@pytest.mark.parametrize("kind", [SparseAdamW, SparseLion])
+def test_l2_of_adam_is_not_taken_for_decoupled_decay(kind):
+    _, other = stepped(torch.optim.Adam, weight_decay=10)
+    state = other.state_dict()
+    if kind is SparseLion:
+        for moments in state["state"].values():
+            del moments["exp_avg_sq"]
+    _, optimizer = stepped(kind)
+    refuses(optimizer, state, "weight_decay=10 with decoupled_weight_decay=False")
+
+
+def test_adam_without_decay_loads_as_adamw():
+    p, other = stepped(torch.optim.Adam, foreach=False)
+    q, optimizer = stepped(SparseAdamW, weight_decay=0.0)
+    optimizer.load_state_dict(copy.deepcopy(other.state_dict()))
+    for parameter, one in ((p, other), (q, optimizer)):
+        parameter.grad = torch.tensor([1.0, -2.0, 0.5])
+        one.step()
+    assert torch.equal(p, q)
+
+
+def test_torch_goes_on_with_decoupled_decay():
+    """Adam, given a state with decay, keeps it decoupled."""
+    p, optimizer = stepped(SparseAdamW, weight_decay=0.5)
+    q, other = stepped(torch.optim.Adam, foreach=False)
+    with torch.no_grad():
+        q.copy_(p)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for parameter, one in ((p, optimizer), (q, other)):
+        parameter.grad = torch.tensor([1.0, -2.0, 0.5])
+        one.step()
+    assert torch.equal(p, q)
+
+
+def test_torch_does_not_take_codes_for_moments():
+    _, optimizer = stepped(SparseAdamW, moment_bits=8)
+    q, other = stepped(torch.optim.AdamW)
+    other.load_state_dict(optimizer.state_dict())
+    before = q.detach().clone()
+    with pytest.raises(KeyError, match="exp_avg"):
+        other.step()
+    assert torch.equal(q, before)
+
+
+TORCH = {SparseAdamW: torch.optim.AdamW, SparseSGD: torch.optim.SGD}
+
+
+@pytest.mark.parametrize(("kind", "options"), [(SparseAdamW, {}), (SparseSGD, {"momentum": 0.9})])
+def test_moments_of_the_other_precision_say_so(kind, options):
+    _, theirs = stepped(TORCH[kind], **options)
+    _, ours = stepped(kind, moment_bits=8, **options)
+    refuses(ours, theirs.state_dict(), "32-bit moments.*build the optimizer with moment_bits=32")
+    # Groups carry moment_bits, unless they are replaced or changed.
+    _, wide = stepped(kind, **options)
+    state = {"state": ours.state_dict()["state"], "param_groups": wide.state_dict()["param_groups"]}
+    refuses(wide, state, "8-bit moments.*moment_bits=8")
+    for optimizer, bits, had in ((ours, 32, 8), (wide, 8, 32)):
+        optimizer.param_groups[0]["moment_bits"] = bits
+        with pytest.raises(ValueError, match=f"{had}-bit moments"):
+            optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("kind", "theirs", "options", "name"),
+    [
+        (SparseAdamW, torch.optim.SGD, {"momentum": 0.9}, "momentum_buffer"),
+        (SparseLion, torch.optim.AdamW, {}, "exp_avg_sq"),
+        (SparseSGD, torch.optim.AdamW, {}, "exp_avg"),
+    ],
+)
+def test_the_state_of_another_rule_is_refused(kind, theirs, options, name):
+    _, other = stepped(theirs, **options)
+    _, optimizer = stepped(kind)
+    refuses(optimizer, other.state_dict(), f"parameter 0 has '{name}'")
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "word"),
+    [
+        (SparseAdamW, {"lr": -1.0}, "lr"),
+        (SparseAdamW, {"lr": torch.tensor(float("nan"))}, "lr"),
+        (SparseAdamW, {"betas": (0.9, 1.0)}, "betas"),
+        (SparseAdamW, {"eps": -1e-8}, "eps"),
+        (SparseAdamW, {"weight_decay": -1.0}, "weight_decay"),
+        (SparseAdamW, {"moment_bits": 16}, "moment_bits=16"),
+        (SparseAdamW, {"maximize": True}, "maximize=True"),
+        (SparseAdamW, {"amsgrad": True}, "amsgrad=True"),
+        (SparseAdamW, {"decoupled_weight_decay": False}, "decoupled_weight_decay=False"),
+        (SparseLion, {"betas": (1.0, 0.9)}, "betas"),
+        (SparseLion, {"moment_bits": 16}, "moment_bits=16"),
+        (SparseSGD, {"nesterov": True}, "nesterov"),
+        (SparseSGD, {"momentum": -0.1}, "momentum"),
+        (SparseSGD, {"maximize": True}, "maximize=True"),
+    ],
+)
+def test_options_of_a_group_are_checked(kind, options, word):
+    p, q = (nn.Parameter(torch.zeros(1)) for _ in range(2))
+    with pytest.raises(ValueError, match=word):
+        kind([{"params": [p], **options}], weight_decay=0.1)
+    optimizer = kind([p], weight_decay=0.1)
+    with pytest.raises(ValueError, match=word):
+        optimizer.add_param_group({"params": [q], **options})
+    assert len(optimizer.param_groups) == 1
+    if "lr" not in options:  # schedulers may end at a rounding error below 0
+        state = optimizer.state_dict()
+        state["param_groups"][0].update(options)
+        refuses(optimizer, state, word)
+
+
+def test_a_group_brings_the_momentum_that_its_nesterov_needs():
+    group = {"params": nn.Parameter(torch.zeros(1)), "nesterov": True, "momentum": 0.9}
+    optimizer = pickle.loads(pickle.dumps(SparseSGD([group])))
+    assert optimizer.param_groups[0]["nesterov"]
+    assert optimizer.param_groups[0]["momentum"] == 0.9
 
 
 def test_state_that_does_not_fit_is_named():

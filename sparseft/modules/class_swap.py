@@ -118,10 +118,15 @@ class MaskedModule(nn.Module):
         *lists: Any,
     ) -> None:
         masks = masked_attributes(self)
+        as_saved = set()
         for attr, masked in masks.items():
             masked.require_top("load a state dict into")
             if _keeps_leaf(self, attr, masked, prefix):
-                _verify_base(masked, attr, state_dict, prefix)
+                keep = _verify_base(masked, attr, state_dict, prefix)
+            else:
+                keep = _alias_as_saved(masked, attr, state_dict, prefix)
+            if keep:
+                as_saved.add(attr)
         # Copied into place also under assign=True: a weight that is another object tomorrow would
         # no longer be the one the leaf drives.
         local_metadata = {**(local_metadata or {}), "assign_to_params_buffers": False}
@@ -132,7 +137,8 @@ class MaskedModule(nn.Module):
             key = prefix + leaf_attribute(attr)
             if key in missing_keys and not _keeps_leaf(self, attr, masked, prefix):
                 missing_keys.remove(key)
-            masked.write_("load a state dict into")
+            if attr not in as_saved:
+                masked.write_("load a state dict into")
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # For pickle and deepcopy: the class is made at run time and has no importable name.
@@ -151,8 +157,13 @@ def _digest_key(prefix: str, attr: str) -> str:
     return f"{prefix}{leaf_attribute(attr)}_base"
 
 
-def _verify_base(masked: MaskedParameter, attr: str, state_dict: Any, prefix: str) -> None:
-    """Raise BaseMismatchError where a checkpoint's tensors cannot belong to this mask and base."""
+def _verify_base(masked: MaskedParameter, attr: str, state_dict: Any, prefix: str) -> bool:
+    """Raise BaseMismatchError where a checkpoint's tensors cannot belong to this mask and base.
+
+    Returns:
+        Whether its weight is its diff's sum rounded either way: by stochastic rounding, so to be
+        kept as it is, for a resumed run to go on with the same bits.
+    """
     digest = state_dict.pop(_digest_key(prefix, attr), None)
     leaf, weight = (state_dict.get(prefix + a) for a in (leaf_attribute(attr), attr))
     if digest is not None and not torch.equal(digest.cpu(), masked.digest_tensor()):
@@ -162,7 +173,7 @@ def _verify_base(masked: MaskedParameter, attr: str, state_dict: Any, prefix: st
             f"has digest {got}, the model {wanted}. Load its base model and attach its masks first."
         )
     if weight is None or weight.shape != masked.weight.shape:
-        return  # absent, or torch reports the shapes
+        return False  # absent, or torch reports the shapes
     found = gather_entries(weight.detach().to(masked.weight), masked.indices)
     if leaf is not None and leaf.shape == masked.leaf.shape:
         wanted_entries = [masked.expected_entries(leaf)]
@@ -177,6 +188,30 @@ def _verify_base(masked: MaskedParameter, attr: str, state_dict: Any, prefix: st
             f"{int(masked.indices[at])} it has {float(found[at]):g}, wanted "
             f"{float(wanted_entries[0][at]):g}. Load another base before attach, not after."
         )
+    return rounded
+
+
+def _alias_as_saved(masked: MaskedParameter, attr: str, state_dict: Any, prefix: str) -> bool:
+    """Whether loading under another name of a tied weight leaves it a rounding of its diff.
+
+    Names load one by one, the canonical one with the diff first: after it, the others must not
+    round again. Entries of the plain base may be neighbours of a small sum, too; those are no
+    rounding of it.
+    """
+    if prefix + leaf_attribute(attr) in state_dict:
+        return False
+    weight = state_dict.get(prefix + attr)
+    if weight is None:
+        return True  # nothing is loaded
+    if weight.shape != masked.weight.shape:
+        return False
+    masked.follow_weight_()
+    found, held = (
+        gather_entries(w.detach().to(masked.weight), masked.indices)
+        for w in (weight, masked.weight)
+    )
+    known = torch.equal(found, held) or not torch.equal(found, masked.base)
+    return known and rounds_either_way(found, masked.base, masked.leaf)
 
 
 class _MaskedRNN(nn.RNNBase):

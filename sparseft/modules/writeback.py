@@ -64,8 +64,8 @@ def _before_step(
         masked.require_top("take an optimizer step on")
     # torch hands the hook the optimizer itself as the first of the arguments.
     closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-    if not leaves or not callable(closure):
-        return None
+    if not leaves or not callable(closure) or getattr(optimizer, "writes_masked_weights", False):
+        return None  # ours evaluate once, with the weights that the last step wrote
 
     def evaluate() -> Any:
         for masked in leaves:
@@ -97,7 +97,7 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     leaves, _ = _in_groups(optimizer)
     _report_untouched(leaves)
     if getattr(optimizer, "writes_masked_weights", False):
-        return  # SparseAdamW and SparseSGD wrote each weight in the pass that updated its leaf
+        return  # ours wrote each weight in the pass that updated its leaf
     for masked in leaves:
         masked.write_()
 

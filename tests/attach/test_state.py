@@ -100,6 +100,54 @@ def test_a_checkpoint_resumes_bit_for_bit(strict, ids, kit):
     assert all(torch.equal(t, base[n]) for n, t in kit.snapshot(fresh).items())
 
 
+@pytest.mark.parametrize("kept", ["both", "emb.weight", "head.weight"])
+def test_stochastically_rounded_weights_load_as_saved(kept, ids, kit):
+    """Tied ones under each of their names, or under the one that save_pretrained leaves."""
+
+    def build():
+        model = kit.make().bfloat16()
+        sparse = attach(model, kit.masks(model))
+        return model, sparse, SparseAdamW(sparse.parameters(), lr=1e-2, stochastic_rounding=True)
+
+    def train(model, optimizer):
+        for _ in range(4):
+            optimizer.zero_grad()
+            kit.loss(model, ids).backward()
+            optimizer.step()
+
+    model, sparse, optimizer = build()
+    train(model, optimizer)
+    assert not kit.agrees(sparse)
+    state = copy.deepcopy(model.state_dict())
+    if kept != "both":
+        del state[{"emb.weight": "head.weight", "head.weight": "emb.weight"}[kept]]
+    fresh, again, second = build()
+    fresh.load_state_dict(state, strict=kept == "both")
+    second.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    before = kit.snapshot(model)
+    assert all(torch.equal(t, before[n]) for n, t in kit.snapshot(fresh).items())
+    train(model, optimizer)
+    train(fresh, second)
+    after = kit.snapshot(model)
+    assert all(torch.equal(t, after[n]) for n, t in kit.snapshot(fresh).items())
+    assert equal_leaves(sparse, again)
+
+
+def test_the_plain_base_is_no_rounding_of_a_small_diff(kit):
+    """In bf16 the base neighbours base + leaf: loading it still leaves the sum, also when tied."""
+    model = kit.make().bfloat16()
+    sparse = attach(model, {"emb.weight": kit.masks(model)["emb.weight"]})
+    base = copy.deepcopy(kit.make().bfloat16().state_dict())
+    masked = sparse._masked["emb.weight"]
+    with torch.no_grad():
+        sparse.leaves["emb.weight"].copy_(masked.base.float() * 0.75 * 2**-8)
+    sparse.sync_()
+    summed = masked.weight.detach().clone()
+    assert not torch.equal(summed, base["emb.weight"])
+    model.load_state_dict(base, strict=False)
+    assert torch.equal(masked.weight, summed)
+
+
 def test_compact_checkpoint_holds_leaves_and_full_parameters(ids, kit):
     model = kit.make()
     masks = {n: m for n, m in kit.masks(model).items() if "norm" not in n}
