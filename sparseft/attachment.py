@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -86,7 +87,7 @@ def attach(
         UnknownNameError: a parameter or glob that does not exist, with the nearest names.
         MaskError: a mask of another shape or type, or no entry kept at all.
         AttachError: a quantised, complex, lazy or meta weight; a mask there already; two names of
-            one weight.
+            one weight; masks that are neither a mapping nor an `Adapter`.
         BaseMismatchError: an `Adapter` made on another base.
 
     Numerics: forward and input gradients are the stock ones. A leaf's gradient is summed in fp32
@@ -100,6 +101,8 @@ def attach(
         (3, ['diff_weight'])
         >>> _ = sparse.detach()
     """
+    if not isinstance(masks, Mapping | Adapter):
+        raise AttachError(_not_masks(masks))
     index = ParameterIndex(model)
     start = masks if isinstance(masks, Adapter) else None
     dense = {index.resolve(n) for n in start.dense} if start is not None else set()
@@ -129,6 +132,23 @@ def attach(
         attachment.detach(restore=True)
         raise
     return attachment
+
+
+def _not_masks(given: object) -> str:
+    """Say what to write instead of masks that are a path, a tensor, a list of names."""
+    if isinstance(given, str | os.PathLike):
+        got, path = f"the path {os.fspath(given)!r}", repr(os.fspath(given))
+        fix = (
+            f"Masks in a file: sparseft.select(model, method='file', path={path}). An adapter, "
+            f"its values too: sparseft.Adapter.load({path})."
+        )
+    else:
+        got = type(given).__name__
+        fix = "sparseft.select makes such a mapping."
+    return (
+        f"masks is {got}, wanted a mapping from parameter name to mask (a bool tensor or a "
+        f"SparsePattern), or an Adapter. {fix}"
+    )
 
 
 def attachments_of(model: nn.Module) -> list[Attachment]:

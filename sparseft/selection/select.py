@@ -146,13 +146,17 @@ def select(
     else:
         masks, zeros = keep_best(chosen, candidates.parameters, count, scope)
         if zeros:
-            fix = f"ask for nnz={count - zeros} or fewer" if scope == "global" else "scope='global'"
+            if zeros == count and "base" in arguments:  # nothing moved, or base is another's
+                advice = "Is base the model as it was before training, and this one trained?"
+            else:
+                fewer = f"ask for nnz={count - zeros} or fewer"
+                fix = fewer if scope == "global" else "scope='global'"
+                advice = f"Fix: {fix}, or exclude=[...] what training does not reach."
             logger.warning(
                 "%s entries were asked for, but %r finds only %s with a score above 0 (scope %s): "
-                "the other %s kept %s and are just the first by name and position. Fix: %s, or "
-                "exclude=[...] what training does not reach.",
+                "the other %s kept %s and are just the first by name and position. %s",
                 f"{count:,}", method, f"{count - zeros:,}", scope, f"{zeros:,}",
-                entry.traits["zero"], fix,
+                entry.traits["zero"], advice,
             )  # fmt: skip
     result = Masks(masks)
     logger.info(

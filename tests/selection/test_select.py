@@ -12,7 +12,13 @@ from safetensors.torch import save_file
 from torch import nn
 
 from sparseft import Adapter, SparseDiff, attach, select
-from sparseft.errors import AdapterFormatError, MaskError, OptionError, UnknownNameError
+from sparseft.errors import (
+    AdapterFormatError,
+    AttachError,
+    MaskError,
+    OptionError,
+    UnknownNameError,
+)
 from sparseft.selection import Checkpoint, Masks, register_selector, select_random
 from sparseft.selection.random import _splitmix64
 
@@ -224,6 +230,17 @@ class TestMagnitude:
         assert f"the other {unmoved} kept did not move" in said
         assert fix in said
 
+    @pytest.mark.parametrize("scope", ["global", "tensor", "row"])
+    def test_nothing_moved_at_all(self, scope, pair, caplog):
+        """Then the base is in doubt, not the count."""
+        _, tuned = pair(ties=False)
+        with caplog.at_level(logging.WARNING):
+            assert select(tuned, nnz=40, scope=scope, base=copy.deepcopy(tuned)).nnz == 40
+        [said] = [r.getMessage() for r in caplog.records]
+        assert "finds only 0 with a score above 0" in said
+        assert "Is base the model as it was before training" in said
+        assert "nnz=0" not in said
+
     def test_no_warning_while_enough_moved(self, pair, caplog):
         base, tuned = pair(ties=False)
         with caplog.at_level(logging.WARNING):
@@ -372,6 +389,21 @@ class TestMethodThatIsNoName:
 
 
 class TestFiles:
+    def test_attach_given_a_path_says_how_files_are_read(self, tmp_path):
+        model = nn.Linear(4, 3)
+        path = select(model, "random", nnz=5).save(tmp_path / "masks.safetensors")
+        for given in (path, str(path)):
+            with pytest.raises(AttachError, match="wanted a mapping from parameter") as caught:
+                attach(model, given)
+            assert f"masks is the path {str(path)!r}" in str(caught.value)
+            assert f"Adapter.load({str(path)!r})" in str(caught.value)
+            assert f"sparseft.select(model, method='file', path={str(path)!r})" in str(caught.value)
+        with attach(model, select(model, method="file", path=str(path))) as sparse:
+            assert sparse.nnz == 5
+        with pytest.raises(AttachError, match="masks is list, wanted a mapping"):
+            attach(model, ["weight"])
+        assert all(p.requires_grad for p in model.parameters())
+
     def test_round_trip(self, pair, tmp_path):
         base, tuned = pair()
         masks = select(tuned, nnz=31, base=base)
