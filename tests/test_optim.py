@@ -490,6 +490,7 @@ def test_adam_without_decay_loads_as_adamw():
     p, other = stepped(torch.optim.Adam, foreach=False)
     q, optimizer = stepped(SparseAdamW, weight_decay=0.0)
     optimizer.load_state_dict(copy.deepcopy(other.state_dict()))
+    assert optimizer.param_groups[0]["decoupled_weight_decay"]  # if decay is switched on later
     for parameter, one in ((p, other), (q, optimizer)):
         parameter.grad = torch.tensor([1.0, -2.0, 0.5])
         one.step()
