@@ -10,6 +10,10 @@ __all__ = ["HELP", "add_parser", "run"]
 
 HELP = "put adapters on a base and write a stock checkpoint, or merge them into one adapter"
 
+_DESCRIPTION = """\
+Adds adapters, each times its coefficient, in fp32 with one rounding at the end. The order of
+adapters does not change a bit of the result."""
+
 _EPILOG = """\
 examples:
   sparseft compose --base xlm-roberta-base --adapter sw/ nli/ --out merged/
@@ -29,10 +33,7 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "compose",
         help=HELP,
-        description=(
-            "Adds adapters, each times its coefficient, in fp32 with one rounding at the end. "
-            "The order of adapters does not change a bit of the result."
-        ),
+        description=_DESCRIPTION,
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -77,6 +78,7 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Compose and say what was written."""
     from sparseft._text import human_bytes
+    from sparseft.cli._paths import need_adapters
     from sparseft.composition import compose_adapters, merge_into_checkpoint
     from sparseft.errors import CompositionError
     from sparseft.io import adapter_file
@@ -89,6 +91,7 @@ def run(args: argparse.Namespace) -> int:
     target = args.out if args.base is not None else adapter_file(args.out)
     if target.exists() and not args.overwrite:
         raise CompositionError(f"{target} exists already; add --overwrite, or give another --out.")
+    need_adapters(args.adapter)
     coeffs = args.coeff or [1.0] * len(args.adapter)
     if args.base is None:
         if args.architecture is not None:

@@ -32,10 +32,9 @@ _EPILOG = """\
 examples:
   sparseft eval recipe.yaml evaluation.batch_size=64
   sparseft eval --base finetuned/ --task xnli --data XNLI-1.0/ --languages sw ur
-  sparseft eval --base xlm-roberta-base --task nusax_senti --data nusax/ --languages nusax_targets
-  \\
-      --adapter task=sentiment/ ban=balinese/ min=minangkabau/ --setting task task+language --out
-      scores/
+  sparseft eval --base xlm-roberta-base --task nusax_senti --data nusax/ \\
+      --languages ban min --adapter task=sentiment/ ban=balinese/ min=minangkabau/ \\
+      --setting task task+language --out scores/
 
 adapters are given as NAME=PATH. One whose NAME is a language belongs to that language, any other to
 the task. Settings:
@@ -58,7 +57,11 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="YAML file or name of a recipe")
     parser.add_argument(
-        "overrides", nargs="*", metavar="KEY=VALUE", help="values that replace the recipe's"
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="KEY=VALUE",
+        help="values that replace the recipe's",
     )
     free = parser.add_argument_group("without a recipe")
     free.add_argument("--base", metavar="PATH", help="folder of the base, or its name on the hub")
@@ -226,6 +229,7 @@ def _score(args: argparse.Namespace) -> Results:
 
     from sparseft.adapter import Adapter
     from sparseft.cli._output import progress
+    from sparseft.cli._paths import need_adapters
     from sparseft.composition import Composer
     from sparseft.data import builtin_languages, load_languages
     from sparseft.evaluation import (
@@ -242,6 +246,7 @@ def _score(args: argparse.Namespace) -> Results:
     known = load_languages(args.language_file) if args.language_file else builtin_languages()
     task = get_task(args.task)
     adapters = _pairs(args.adapter, "--adapter")
+    need_adapters(adapters.values())
     coeffs = _coefficients(args.coeff, adapters)
     by_language = _language_adapters(adapters, known)
     task_side = [name for name in adapters if name not in by_language.values()]

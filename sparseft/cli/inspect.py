@@ -43,8 +43,10 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the tables."""
     from sparseft.adapter import Adapter
+    from sparseft.cli._paths import need_adapters
     from sparseft.composition.overlap import overlaps
 
+    need_adapters(args.adapter)
     adapters = [Adapter.load(path) for path in args.adapter]
     summaries = [adapter.summary() for adapter in adapters]
     pairs = overlaps(adapters)

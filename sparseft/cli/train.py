@@ -61,7 +61,11 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("recipe", metavar="RECIPE", help="YAML file, or a recipe that ships")
     parser.add_argument(
-        "overrides", nargs="*", metavar="KEY=VALUE", help="values to change, e.g. task.lr=1e-4"
+        "overrides",
+        nargs="*",
+        default=[],  # without it argparse calls them required
+        metavar="KEY=VALUE",
+        help="values to change, e.g. task.lr=1e-4",
     )
     parser.add_argument(
         "--only",

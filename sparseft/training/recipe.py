@@ -369,12 +369,50 @@ def read_recipe_file(source: str | Path) -> dict[str, Any]:
             )
         path = shipped[str(source)]
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = _read_yaml(path.read_text(encoding="utf-8"), path)
     except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as bad:
         raise RecipeError(f"{path} is not a YAML file: {bad}") from None
+    if data is None:
+        raise RecipeError(
+            f"{path} is empty. Wanted keys such as name and model; `sparseft train NAME` runs one "
+            f"that ships: {', '.join(shipped)}."
+        )
     if not isinstance(data, dict):
         raise RecipeError(f"{path} holds {type(data).__name__}, wanted keys such as name.")
     return data
+
+
+def _read_yaml(text: str, path: Path) -> Any:
+    """Return what YAML text holds, refusing a key given twice, of which YAML keeps the last."""
+    import yaml
+
+    place: list[str] = []
+    seen: set[int] = set()  # an alias leads to a node again, even to one that holds it
+
+    def check(node: yaml.Node | None) -> None:
+        if id(node) in seen:
+            return
+        seen.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            for item in node.value:
+                check(item)
+        if not isinstance(node, yaml.MappingNode):
+            return
+        lines: dict[str, int] = {}
+        for key, value in node.value:
+            name, line = str(key.value), key.start_mark.line + 1
+            place.append(name)
+            if name in lines:
+                raise RecipeError(
+                    f"{path} gives {'.'.join(place)!r} twice, in lines {lines[name]} and {line}; "
+                    "keep one."
+                )
+            lines[name] = line
+            check(value)
+            place.pop()
+
+    check(yaml.compose(text, Loader=yaml.SafeLoader))
+    return yaml.safe_load(text)
 
 
 def _override(data: dict[str, Any], override: str) -> None:

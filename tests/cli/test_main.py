@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 import subprocess
 import sys
 import time
@@ -164,3 +166,57 @@ def test_a_reader_that_goes_away_is_no_traceback(tmp_path):
         timeout=60,
     )
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("name", ["", "demo", "train", "eval", "compose", "inspect"])
+def test_help_fits_a_page_and_its_examples_can_be_copied(name, capsys, monkeypatch):
+    """Every example, its continued lines joined, is a command line that the parser takes."""
+    monkeypatch.setenv("COLUMNS", "100")
+    assert cli.main([*([name] if name else []), "--help"]) == 0
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 100
+    examples = re.sub(r"\\\n\s*", "", out.partition("examples:\n")[2].partition("\n\n")[0])
+    lines = [line for line in examples.splitlines() if line.startswith("  sparseft ")]
+    assert lines
+    for line in lines:
+        words = shlex.split(line.strip().partition("  ")[0])  # a comment stands further right
+        args = cli._parse(words[1:])
+        assert name in ("", args.command)
+
+
+def test_eval_example_with_adapters_names_a_folder_to_write(capsys):
+    assert cli.main(["eval", "--help"]) == 0
+    examples = capsys.readouterr().out.replace("\\\n", " ")
+    [line] = [line for line in examples.splitlines() if "--adapter task=" in line]
+    args = cli._parse(shlex.split(line)[1:])
+    assert (args.setting, str(args.out)) == (["task", "task+language"], "scores")
+    assert len(args.adapter) == 3
+
+
+def test_only_the_recipe_is_required(capsys):
+    assert cli.main(["train"]) == 2
+    err = capsys.readouterr().err
+    assert "required: RECIPE\n" in err
+    assert "KEY=VALUE" not in err
+
+
+def test_nothing_is_guessed_for_a_path_elsewhere(tmp_path, capsys, monkeypatch):
+    (tmp_path / "sw").mkdir()
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    missing = str(tmp_path / "swa")
+    commands = (
+        ["inspect", missing],
+        ["compose", "--adapter", missing, "--out", "x.safetensors"],
+        ["eval", "--base", "b", "--task", "nusax_senti", "--data", str(tmp_path),
+         "--adapter", f"task={missing}"],
+    )  # fmt: skip
+    for words in commands:
+        assert cli.main(words) == 2
+        err = capsys.readouterr().err
+        assert f"no adapter at {missing}: the path does not exist" in err
+        assert "Did you mean" not in err
+    monkeypatch.chdir(tmp_path)
+    for words in (["inspect", missing], ["inspect", "swa"]):
+        assert cli.main(words) == 2
+        assert "Did you mean 'sw'?" in capsys.readouterr().err

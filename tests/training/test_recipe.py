@@ -104,9 +104,40 @@ def test_missing_keys_files_and_empty_recipes_are_named(tmp_path):
     bad.write_text("a: [1")
     with pytest.raises(RecipeError, match="not a YAML file"):
         load_recipe(bad)
+    for empty in ("", "# nothing yet\n"):
+        bad.write_text(empty)
+        with pytest.raises(RecipeError, match=r"bad\.yaml is empty.*nusax_senti"):
+            load_recipe(bad)
     bad.write_text("- 1\n- 2")
     with pytest.raises(RecipeError, match="holds list"):
         load_recipe(bad)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name: a\nmodel: {base: b}\nname: c\n", r"gives 'name' twice, in lines 1 and 3"),
+        ("task:\n  lr: 1\n  nnz: 5\n  lr: 2\n", r"gives 'task\.lr' twice, in lines 2 and 4"),
+        ("language: {texts: {ban: a, ban: b}}", r"gives 'language\.texts\.ban' twice"),
+    ],
+)
+def test_a_key_given_twice_is_refused(tmp_path, text, message):
+    """YAML alone would keep the last without a word."""
+    path = tmp_path / "twice.yaml"
+    path.write_text(text)
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(path)
+
+
+def test_anchors_are_no_repetition(tmp_path):
+    path = tmp_path / "r.yaml"
+    common = "{steps: &n 3, batch_size: 4}"
+    path.write_text(
+        f"name: a\nmodel: {{base: b}}\nlanguage:\n  <<: &common {common}\n  texts: {{ban: x}}\n"
+        "task:\n  <<: *common\n  name: nusax_senti\n  source: ind\n"
+    )
+    recipe = load_recipe(path)
+    assert recipe.task.steps == recipe.language.steps == (3, 3)
 
 
 @pytest.mark.parametrize("name", sorted(packaged_recipes()))
