@@ -152,7 +152,12 @@ def _load(source: str, architecture: str | None, adapters: Mapping[str, Adapter]
             if labels is not None and "SequenceClassification" in str(name):
                 extra["num_labels"] = labels
         return loader.from_pretrained(
-            source, dtype="auto", output_loading_info=True, **extra, **where
+            source,
+            dtype="auto",
+            output_loading_info=True,
+            adapter_kwargs=where,  # where PEFT is installed it looks for adapters by itself
+            **extra,
+            **where,
         )
 
     if source.startswith((".", "/", "~")) and not (Path(source).expanduser()).is_dir():

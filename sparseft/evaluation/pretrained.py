@@ -32,6 +32,8 @@ def _load(loader: Any, base: str | Path, what: str, **options: Any) -> Any:
         name = str(folder)
 
     def load(**where: Any) -> Any:
+        if "output_loading_info" in options:  # a model: where PEFT is installed it looks by itself
+            return loader.from_pretrained(name, **options, **where, adapter_kwargs=where)
         return loader.from_pretrained(name, **options, **where)
 
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -238,12 +239,17 @@ def test_an_interrupted_command_says_how_to_go_on(recipe_data, tmp_path, capsys,
 
     def interrupt(self, batches):
         if next(steps) == 4:
-            os.kill(os.getpid(), 2)  # Ctrl-C
+            os.kill(os.getpid(), signal.SIGINT)  # Ctrl-C
         return original(self, batches)
 
     original = loop.LoopTrainer._accumulated_loss
     monkeypatch.setattr(loop.LoopTrainer, "_accumulated_loss", interrupt)
-    assert main(["train", str(path), "--only", "task-seed0"]) == 130
+    # A shell that starts the tests in the background has the signal ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert main(["train", str(path), "--only", "task-seed0"]) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert f"sparseft train {path} --only task-seed0" in capsys.readouterr().err
     monkeypatch.undo()
     assert main(["train", str(path), "--only", "task-seed0"]) == 0
