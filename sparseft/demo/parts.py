@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
@@ -88,6 +89,22 @@ def train_part(part: Part, report: Callable[[str, int], None] | None = None) -> 
     )
 
 
+def _end_with_parent() -> None:
+    """Make this worker process end when the one that started it is gone.
+
+    The pool's workers otherwise outlive a killed parent, and hold the folder of their training.
+    What they leave is what a kill leaves: the next run goes on from it.
+    """
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def _in_worker(part: Part) -> list[PhaseState]:
     torch.set_num_threads(1)
     return train_part(part)[1]
@@ -111,7 +128,9 @@ class Workers:
         if count > 1:
             # spawn: a forked child of a process with threads (torch, progress bar) may hang
             context = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(count, mp_context=context)
+            self._pool = ProcessPoolExecutor(
+                count, mp_context=context, initializer=_end_with_parent
+            )
 
     def __enter__(self) -> Workers:
         return self
