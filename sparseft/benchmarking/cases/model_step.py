@@ -99,7 +99,11 @@ def model_step_case(batch: int, length: int, *, shape: dict[str, int]) -> Case:
                 contenders[name] = attempt(partial(_with_peak, make, device))
         facts = {"masked modules": len(names), "candidates": _numel(base, names)}
         return Prepared(
-            contenders, LORA, clocks=("wall",), targets=_TARGETS + (_memory_target(),), facts=facts
+            contenders,
+            DENSE if absent else LORA,
+            clocks=("wall",),
+            targets=_TARGETS + (_memory_target(),),
+            facts=facts,
         )
 
     return Case(f"model_step/{batch}x{length}", build)
