@@ -11,11 +11,14 @@ from sparseft.composition.composer import Composer
 from sparseft.composition.linear import compose_linear
 from sparseft.composition.merge import compose_adapters
 from sparseft.composition.overlap import Overlap, jaccard
-from sparseft.composition.registry import Term, methods, register_method
+from sparseft.composition.registry import Part, Recipe, Rule, Term, methods, register_method
 
 __all__ = [
     "Composer",
     "Overlap",
+    "Part",
+    "Recipe",
+    "Rule",
     "Term",
     "compose_adapters",
     "compose_linear",

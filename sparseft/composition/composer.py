@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -16,8 +15,8 @@ from sparseft.adapter import Adapter
 from sparseft.composition.coefficients import Coeffs, Which, as_coeffs
 from sparseft.composition.fit import Dense, Fit, Fitter, Loaded, Missing
 from sparseft.composition.placement import Composition, Placement
-from sparseft.composition.plan import TensorPlan, plan_tensor
-from sparseft.composition.registry import REGISTRY
+from sparseft.composition.plan import TensorPlan, plan_tensor, prepared
+from sparseft.composition.registry import Recipe, recipe_of
 from sparseft.errors import CompositionError, StackOrderError
 
 __all__ = ["Composer"]
@@ -293,15 +292,14 @@ class Composer:
         self, coeffs: dict[str, float], method: str, options: dict[str, Any]
     ) -> Composition:
         """Check everything and prepare the composition; the model is only read."""
-        REGISTRY.check_options(method, options)
-        entry = REGISTRY.get(method)
+        recipe = recipe_of(method, options)
         self._refresh()
         chosen = sorted((self._loaded[name] for name in coeffs), key=lambda x: x.order)
         for loaded in chosen:
             if loaded.name not in self._fits:
                 self._fits[loaded.name] = self._fitter.fit(loaded)
         order = [loaded.name for loaded in chosen]
-        plans = self._plan(chosen)
+        plans = self._plan(chosen, recipe, (method, repr(sorted(options.items()))))
         ordered = [coeffs[name] for name in order]
         for plan in plans.values():
             plan.check(ordered, order)
@@ -312,14 +310,17 @@ class Composer:
             digests=[loaded.digest for loaded in chosen],
             plans=plans,
             dense=self._dense(chosen, coeffs, plans),
-            method=functools.partial(entry.fn, **options),
+            recipe=recipe,
             method_name=method,
             options=dict(options),
         )
 
-    def _plan(self, chosen: list[Loaded]) -> dict[str, TensorPlan]:
+    def _plan(
+        self, chosen: list[Loaded], recipe: Recipe, method: tuple[str, str]
+    ) -> dict[str, TensorPlan]:
         """Return the union of a set of adapters, from the cache if it is there and still fits."""
-        key = tuple((loaded.name, loaded.digest) for loaded in chosen)
+        how = () if recipe.prepare is None else (method,)
+        key = (*how, *((loaded.name, loaded.digest) for loaded in chosen))
         index = self._fitter.index
         plans = self._plans.get(key)
         if plans is None or any(p.indices.device != index.get(n).device for n, p in plans.items()):
@@ -330,7 +331,13 @@ class Composer:
             plans = {}
             for name in sorted(touched):
                 parameter = index.get(name)
-                diffs = [(i, chosen[i].adapter[own]) for i, own in touched[name]]
+                diffs = [
+                    (
+                        i,
+                        prepared(chosen[i].adapter[own], recipe, name=own, digest=chosen[i].digest),
+                    )
+                    for i, own in touched[name]
+                ]
                 plans[name] = plan_tensor(
                     name, diffs, dtype=parameter.dtype, device=parameter.device
                 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,8 +12,8 @@ from sparseft._integrity import bits_equal
 from sparseft.adapter import Adapter, AdapterMetadata
 from sparseft.composition.coefficients import Coeffs, as_coeffs
 from sparseft.composition.fit import Loaded
-from sparseft.composition.plan import TensorPlan, plan_tensor
-from sparseft.composition.registry import REGISTRY
+from sparseft.composition.plan import TensorPlan, plan_tensor, prepared
+from sparseft.composition.registry import Combine, Rule, recipe_of
 from sparseft.diff import SparseDiff
 from sparseft.errors import BaseMismatchError, CompositionError
 from sparseft.fingerprint import Fingerprint, TensorFingerprint, compare
@@ -80,8 +79,7 @@ def compose_adapters(
     """
     named = load_named(adapters)
     given = as_coeffs(list(named), coeffs, named)
-    REGISTRY.check_options(method, options)
-    bound = functools.partial(REGISTRY.get(method).fn, **options)
+    recipe = recipe_of(method, options)
     chosen = sorted(
         (Loaded(n, a) for n, a in named.items() if given[n]), key=lambda loaded: loaded.order
     )
@@ -90,15 +88,16 @@ def compose_adapters(
     touched: dict[str, list[tuple[int, SparseDiff]]] = {}
     for ordinal, loaded in enumerate(chosen):
         for tensor_name, diff in loaded.adapter.diffs.items():
-            touched.setdefault(tensor_name, []).append((ordinal, diff))
+            ready = prepared(diff, recipe, name=tensor_name, digest=loaded.digest)
+            touched.setdefault(tensor_name, []).append((ordinal, ready))
     diffs = {}
     for tensor_name, found in sorted(touched.items()):
         _check_same_shape(tensor_name, found, chosen)
         first = found[0][1]
         plan = plan_tensor(tensor_name, found, dtype=first.dtype, device=first.device)
         plan.check(ordered, [loaded.name for loaded in chosen])
-        diffs[tensor_name] = _merged(plan, found, ordered, chosen, bound)
-    recipe = [
+        diffs[tensor_name] = _merged(plan, found, ordered, recipe.among(len(chosen)))
+    parts = [
         {"name": loaded.name, "digest": loaded.digest, "coeff": coeff}
         for loaded, coeff in zip(chosen, ordered, strict=True)
     ]
@@ -108,7 +107,7 @@ def compose_adapters(
         fingerprint=fingerprint,
         method=f"compose/{method}",
         parents=tuple(loaded.digest for loaded in chosen),
-        extra={"composition": {"method": method, "options": options, "adapters": recipe}},
+        extra={"composition": {"method": method, "options": options, "adapters": parts}},
     )
     return Adapter(
         diffs,
@@ -140,13 +139,12 @@ def _merged(
     plan: TensorPlan,
     found: Sequence[tuple[int, SparseDiff]],
     coeffs: Sequence[float],
-    chosen: Sequence[Loaded],
-    method: Any,
+    rule: Rule | Combine,
 ) -> SparseDiff:
     first = found[0][1]
     # Every entry of a "set" union is replaced, so what lies beneath does not matter.
     empty = first.values.new_zeros(plan.indices.numel())
-    base, total = plan.total(empty, coeffs, [loaded.digest for loaded in chosen], method)
+    base, total = plan.total(empty, coeffs, rule)
     if first.mode == "set":
         return SparseDiff(plan.indices, base, first.shape, "set")
     if total is None:  # cannot be: coefficients 0 were left out

@@ -17,9 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from sparseft._integrity import bits_equal
-from sparseft.composition.linear import compose_linear
 from sparseft.composition.plan import TensorPlan
-from sparseft.composition.registry import Term
+from sparseft.composition.registry import Combine, Recipe, Rule
 from sparseft.composition.witness import Witness
 from sparseft.errors import CompositionError, StackOrderError
 from sparseft.modules import Holder
@@ -40,8 +39,8 @@ class Composition:
         digests: content digests, in that order.
         plans: parameter -> plan of its diffs.
         dense: parameter -> (ordinal, tensor) of what replaces it whole, coefficients 0 left out.
-        method: composition method with its options bound.
-        method_name, options: what the method was bound from.
+        recipe: of the composition method.
+        method_name, options: what the recipe was made of.
     """
 
     coeffs: Mapping[str, float] = field(default_factory=dict)
@@ -50,12 +49,16 @@ class Composition:
     digests: Sequence[str] = ()
     plans: Mapping[str, TensorPlan] = field(default_factory=dict)
     dense: Mapping[str, tuple[int, Tensor]] = field(default_factory=dict)
-    method: Callable[[Sequence[Term], int], Tensor] = compose_linear
+    recipe: Recipe = Recipe()
     method_name: str = "linear"
     options: Mapping[str, object] = field(default_factory=dict)
 
     def ordered_coeffs(self) -> list[float]:
         return [self.coeffs[name] for name in self.order]
+
+    def rule(self) -> Rule | Combine:
+        """Return the rule, for as many adapters as take part."""
+        return self.recipe.among(sum(c != 0 for c in self.coeffs.values()))
 
     def parents(self, ordinals: Sequence[int]) -> tuple[str, ...]:
         """Digests of those adapters that have a coefficient other than 0."""
@@ -197,9 +200,7 @@ class Placement:
         weight = place.parameter
         indices = plan.indices.to(weight.device)
         saved = place.holder.saved.to(weight.device)
-        base, total = plan.total(
-            saved, composition.ordered_coeffs(), composition.digests, composition.method
-        )
+        base, total = plan.total(saved, composition.ordered_coeffs(), composition.rule())
         if total is None:
             write_entries_(weight, indices, base.to(weight.dtype))
             place.written = Witness.of(weight, indices)

@@ -4,7 +4,7 @@ freely.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -12,12 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparseft.composition.registry import Term
+from sparseft.composition.registry import Combine, Part, Recipe, Rule, Term
 from sparseft.diff import Mode, SparseDiff
 from sparseft.errors import CompositionError
-from sparseft.ops._common import bits
+from sparseft.ops._common import accumulation_dtype, bits
+from sparseft.ops.combine import combine
 
-__all__ = ["Share", "TensorPlan", "plan_tensor", "union_of"]
+__all__ = ["Share", "TensorPlan", "plan_tensor", "prepared", "union_of"]
 
 
 @dataclass(frozen=True)
@@ -78,15 +79,14 @@ class TensorPlan:
         self,
         base: Tensor,
         coeffs: Sequence[float],
-        digests: Sequence[str],
-        method: Callable[[Sequence[Term], int], Tensor],
+        rule: Rule | Combine,
     ) -> tuple[Tensor, Tensor | None]:
         """Return what to add up: (base entries with "set" entries put in, sum of the rest or None).
 
         Args:
             base: (size,) entries of the weight beneath; not changed.
-            coeffs, digests: by ordinal.
-            method: the composition method with its options bound.
+            coeffs: by ordinal.
+            rule: how the rest combines.
         """
         used = [s for s in self.shares if coeffs[s.ordinal]]
         replaced = [s for s in used if s.mode == "set"]
@@ -101,12 +101,11 @@ class TensorPlan:
                     base.copy_(values)
                 else:
                     base.index_copy_(0, share.positions.long(), values)
-        terms = [
-            Term(coeffs[s.ordinal], s.values, s.positions, digests[s.ordinal])
-            for s in used
-            if s.mode == "add"
-        ]
-        return base, method(terms, self.indices.numel()) if terms else None
+        terms = [Term(coeffs[s.ordinal], s.values, s.positions) for s in used if s.mode == "add"]
+        if not terms:
+            return base, None
+        size = self.indices.numel()
+        return base, combine(terms, size, rule) if isinstance(rule, Rule) else rule(terms, size)
 
 
 def union_of(indices: Sequence[Tensor]) -> tuple[Tensor, list[Tensor | None]]:
@@ -141,6 +140,30 @@ def union_of(indices: Sequence[Tensor]) -> tuple[Tensor, list[Tensor | None]]:
         short = union.numel() < 2**31
         places = [torch.searchsorted(union, i, out_int32=short) for i in indices]
     return union, [p if p.numel() < union.numel() else None for p in places]
+
+
+def prepared(diff: SparseDiff, recipe: Recipe, *, name: str, digest: str) -> SparseDiff:
+    """Return a diff as a method prepares it; "set" diffs are left as they are.
+
+    Args:
+        diff: one adapter's diff of one tensor.
+        recipe: the method's.
+        name: the tensor's name in the adapter.
+        digest: the adapter's.
+
+    Raises:
+        CompositionError: the method gives a value that is not finite (a rescaling overflows).
+    """
+    if recipe.prepare is None or diff.mode == "set":
+        return diff
+    values = diff.values.detach().to(accumulation_dtype(diff.dtype))
+    part = recipe.prepare(Part(diff.indices, values, diff.shape, name, digest))
+    if not bool(torch.isfinite(part.values).all()):
+        raise CompositionError(
+            f"the prepared diff of {name!r} is not finite: rescaling overflows "
+            f"{part.values.dtype}. Keep a larger share of the entries."
+        )
+    return SparseDiff._trusted(part.indices, part.values, diff.shape, diff.mode)
 
 
 def plan_tensor(

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from sparseft import Composer
-from sparseft.composition import Term, methods, register_method
+from sparseft.composition import Part, Recipe, Rule, Term, methods, register_method
 from sparseft.composition.registry import REGISTRY
 from sparseft.errors import UnknownNameError
+from sparseft.ops.combine import combine
 
 METHODS = sorted(methods())
 
@@ -65,15 +66,20 @@ class TestConformance:
         assert same(results[0], results[2])
 
     def test_inputs_are_not_changed(self, method):
+        recipe = methods()[method].fn()
         values = [torch.randn(4), torch.randn(3)]
         positions = torch.tensor([0, 2, 4], dtype=torch.int32)
         first = torch.tensor([0, 1, 2, 3], dtype=torch.int32)
         before = [v.clone() for v in values]
-        fn = methods()[method].fn
-        terms = [Term(0.5, values[0], first, "d0"), Term(2.0, values[1], positions, "d1")]
-        out = fn(terms, 5)
+        out = combine(
+            [Term(0.5, values[0], first), Term(2.0, values[1], positions)], 5, recipe.rule
+        )
         assert out.shape == (5,)
         assert out.dtype == torch.float32
+        if recipe.prepare is not None:
+            for v in values:
+                at = torch.arange(len(v), dtype=torch.int32)
+                recipe.prepare(Part(at, v, torch.Size((2, 3)), "w", "00" * 16))
         assert all(torch.equal(a, b) for a, b in zip(values, before, strict=True))
         assert all(out.data_ptr() != v.data_ptr() for v in values)
 
@@ -97,9 +103,9 @@ def test_a_plugged_in_method_is_found(make_model, make_adapter):
     base = model.body[0].weight.detach().clone()
 
     @register_method("nothing", reference="https://example.org")
-    def compose_nothing(terms: list[Term], size: int, *, shift: float = 0.0) -> torch.Tensor:
+    def compose_nothing(*, shift: float = 0.0) -> Recipe:
         """Add a constant."""
-        return torch.full((size,), shift)
+        return Recipe(rule=lambda terms, size: torch.full((size,), shift))
 
     try:
         composer = Composer(model, {"a": make_adapter(model, 0)})
@@ -115,7 +121,7 @@ def test_a_plugged_in_method_is_found(make_model, make_adapter):
         with pytest.raises(UnknownNameError, match="no option 'shfit'; it has shift. Did you mean"):
             composer.switch("a", method="nothing", shfit=1.0)
         with pytest.raises(ValueError, match="registered already"):
-            register_method("nothing", reference="https://example.org")(lambda terms, size: None)
+            register_method("nothing", reference="https://example.org")(lambda: Recipe())
     finally:
         REGISTRY.unregister("nothing")
     assert "nothing" not in methods()
@@ -123,11 +129,9 @@ def test_a_plugged_in_method_is_found(make_model, make_adapter):
 
 def test_linear_rounds_product_and_sum_apart():
     """A fused multiply-add would give another last bit; values are chosen so that it shows."""
-    from sparseft.composition import compose_linear
-
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(4096, generator=generator) for _ in range(2))
-    got = compose_linear([Term(1.0, a, None, "x"), Term(0.3, b, None, "y")], 4096)
+    got = combine([Term(1.0, a, None), Term(0.3, b, None)], 4096, Rule("sum"))
     coeff = torch.tensor(0.3)
     assert torch.equal(got, a + coeff * b)
     fused = (a.double() + coeff.double() * b.double()).float()
