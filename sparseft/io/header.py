@@ -21,6 +21,7 @@ from sparseft.diff import VALUE_DTYPES, index_dtype_for
 from sparseft.errors import AdapterFormatError
 from sparseft.fingerprint import SAMPLES, Fingerprint, TensorFingerprint
 from sparseft.io.safetensors_v1 import (
+    COMPACT_VERSION,
     DTYPE_NAMES,
     FORMAT,
     FORMAT_VERSION,
@@ -43,10 +44,17 @@ class TensorPlace:
     shape: tuple[int, ...]
     start: int
 
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
 
 @dataclass(frozen=True)
 class FileHeader:
-    """A checked header: adapter name, metadata, and the tensors with their places and digests."""
+    """A checked header: adapter name, metadata, and the tensors with their places and digests.
+
+    ``compact``: the file is of format version 2, i.e. holds indices as gaps where that is smaller.
+    """
 
     name: str
     metadata: AdapterMetadata
@@ -54,6 +62,7 @@ class FileHeader:
     digests: Mapping[str, str]
     dense_digests: Mapping[str, str]
     places: Mapping[str, TensorPlace]
+    compact: bool
 
 
 class _Checker:
@@ -180,13 +189,14 @@ def parse_header(head: bytes | memoryview, file_size: int, *, source: str) -> Fi
     header = check.object(check.json(text, "the header"), "the header")
     metadata = _metadata(check, header.pop("__metadata__", None), list(header))
     places = _places(check, header, data_start=8 + length, file_size=file_size)
-    diffs, digests, dense = _contents(check, metadata["tensors"], places)
+    compact = metadata["format_version"] == COMPACT_VERSION
+    diffs, digests, dense = _contents(check, metadata["tensors"], places, compact=compact)
     name, provenance = _provenance(check, metadata["adapter"], metadata["fingerprint"])
     table = {n: (DTYPE_NAMES[place.dtype], place.shape) for n, place in places.items()}
     wanted = check.digest(metadata["checksum"], "metadata (checksum)")
     if checksum(metadata, table) != wanted:
         check.fail("the metadata does not match its checksum: the file was damaged or edited.")
-    return FileHeader(name, provenance, diffs, digests, dense, places)
+    return FileHeader(name, provenance, diffs, digests, dense, places, compact)
 
 
 def _why_no_header(start: bytes, length: int, file_size: int) -> str:
@@ -224,10 +234,10 @@ def _metadata(check: _Checker, found: Any, tensor_names: list[str]) -> dict[str,
             "adapter."
         )
     version = metadata.get("format_version")
-    if version != FORMAT_VERSION:
+    if version not in (FORMAT_VERSION, COMPACT_VERSION):
         check.fail(
-            f"format_version is {version!r}, this release reads {FORMAT_VERSION!r}. A newer file "
-            "needs a newer sparseft."
+            f"format_version is {version!r}, this release reads {FORMAT_VERSION!r} and "
+            f"{COMPACT_VERSION!r}. A newer file needs a newer sparseft."
         )
     return check.fields(metadata, METADATA_KEYS, "__metadata__")
 
@@ -281,7 +291,7 @@ def _places(
 
 
 def _contents(
-    check: _Checker, text: str, places: Mapping[str, TensorPlace]
+    check: _Checker, text: str, places: Mapping[str, TensorPlace], *, compact: bool
 ) -> tuple[dict[str, DiffHeader], dict[str, str], dict[str, str]]:
     """Match what the metadata promises with the tensors that are there."""
     document = check.json(text, "metadata 'tensors'")
@@ -311,18 +321,27 @@ def _contents(
             )
         indices = claim(f"diffs/{name}/indices", what)
         values = claim(f"diffs/{name}/values", what)
-        for part, place in (("indices", indices), ("values", values)):
-            if place.shape != (nnz,):
-                check.fail(f"{part} of {what} has shape {list(place.shape)}, wanted [{nnz}] (nnz).")
         wanted = index_dtype_for(math.prod(shape))
-        if indices.dtype != wanted:
+        gaps = compact and indices.dtype == torch.uint8
+        if gaps and not nnz <= indices.nbytes < nnz * wanted.itemsize:
+            check.fail(
+                f"indices of {what} take {indices.nbytes} bytes as gaps, wanted {nnz} or more (one "
+                f"for each entry) and less than {nnz * wanted.itemsize} (as positions)."
+            )
+        for part, place in (("indices", indices), ("values", values)):
+            count = indices.nbytes if gaps and part == "indices" else nnz
+            if place.shape != (count,):
+                check.fail(f"{part} of {what} has shape {list(place.shape)}, wanted [{count}].")
+        if indices.dtype != wanted and not gaps:
             check.fail(
                 f"indices of {what} are {DTYPE_NAMES[indices.dtype]}, wanted {DTYPE_NAMES[wanted]} "
                 f"for {math.prod(shape)} entries."
             )
         if values.dtype not in VALUE_DTYPES:
             check.fail(f"values of {what} are {DTYPE_NAMES[values.dtype]}, wanted floating point.")
-        diffs[name] = DiffHeader(torch.Size(shape), nnz, mode, values.dtype)
+        diffs[name] = DiffHeader(
+            torch.Size(shape), nnz, mode, values.dtype, "gaps" if gaps else "plain", indices.nbytes
+        )
         digests[name] = check.digest(entry["digest"], what)
 
     dense: dict[str, str] = {}
@@ -336,6 +355,11 @@ def _contents(
         place = claim(f"dense/{name}", what)
         if place.dtype not in VALUE_DTYPES:
             check.fail(f"{what} is {DTYPE_NAMES[place.dtype]}, wanted floating point.")
+    if compact and all(header.encoding == "plain" for header in diffs.values()):
+        check.fail(
+            f"format_version is {COMPACT_VERSION!r}, but no indices are gaps; "
+            f"wanted {FORMAT_VERSION!r}."
+        )
     if unclaimed:
         check.fail(f"tensor {min(unclaimed)!r} is in the file but not listed in its metadata.")
     return diffs, digests, dense

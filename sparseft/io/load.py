@@ -8,22 +8,25 @@ program that truncates or rewrites the file in place, without renaming, pulls it
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from sparseft._integrity import find_index_fault, find_value_fault
 from sparseft._text import did_you_mean
 from sparseft.adapter import Adapter, DiffHeader, DiffSource, dense_digest
-from sparseft.diff import SparseDiff
+from sparseft.diff import SparseDiff, index_dtype_for
 from sparseft.errors import AdapterFormatError
+from sparseft.io.gaps import GapsError, decode_gaps, encode_gaps
 from sparseft.io.header import FileHeader, parse_header
 from sparseft.io.safetensors_v1 import DEFAULT_FILE, adapter_file
+from sparseft.io.verify import WORTH_THREADS, index_fault, read_all, value_fault
 
 __all__ = ["load_adapter"]
 
@@ -59,12 +62,9 @@ class MappedFile:
             AdapterFormatError: unsorted, repeated, out of range, not finite, or not the digest's.
         """
         header = self.header.diffs[name]
-        indices = self.tensor(f"diffs/{name}/indices")
+        indices = self._indices(name, header)
         values = self.tensor(f"diffs/{name}/values")
-        fault = find_index_fault(indices, header.numel)
-        if fault is not None:
-            raise self.fail(f"diff of {name!r}: indices must ascend within the tensor; {fault}.")
-        fault = find_value_fault(values)
+        fault = value_fault(values)
         if fault is not None:
             raise self.fail(f"diff of {name!r}: values must be finite; {fault}.")
         diff = SparseDiff._trusted(indices, values, header.shape, header.mode)
@@ -73,6 +73,30 @@ class MappedFile:
             raise self.fail(f"diff of {name!r}: digest is {got}, the metadata says {wanted}.")
         return diff
 
+    def _indices(self, name: str, header: DiffHeader) -> Tensor:
+        """Read the positions of one diff, as they are or decoded; checked but for the digest."""
+        stored = self.tensor(f"diffs/{name}/indices")
+        if header.encoding == "gaps":
+            try:
+                dtype = index_dtype_for(header.numel)
+                return decode_gaps(stored, header.nnz, header.numel, dtype)
+            except GapsError as bad:
+                raise self.fail(f"diff of {name!r}: its compact indices have {bad}.") from None
+        fault = index_fault(stored, header.numel)
+        if fault is not None:
+            raise self.fail(f"diff of {name!r}: indices must ascend within the tensor; {fault}.")
+        if self.header.compact and encode_gaps(stored) is not None:
+            raise self.fail(
+                f"diff of {name!r}: a compact file holds indices as gaps where those are smaller, "
+                "and these are not."
+            )
+        return stored
+
+    def read_ahead(self) -> None:
+        """Ask the system for the whole file now, where it can be asked: all of it will be used."""
+        if self.bytes is not None and hasattr(mmap, "MADV_WILLNEED"):
+            self.bytes.madvise(mmap.MADV_WILLNEED)
+
     def dense(self, name: str) -> Tensor:
         """Read and check one dense tensor.
 
@@ -80,7 +104,7 @@ class MappedFile:
             AdapterFormatError: not finite, or not the digest's.
         """
         tensor = self.tensor(f"dense/{name}")
-        fault = find_value_fault(tensor)
+        fault = value_fault(tensor)
         if fault is not None:
             raise self.fail(f"dense tensor {name!r}: values must be finite; {fault}.")
         got, wanted = dense_digest(tensor), self.header.dense_digests[name]
@@ -90,19 +114,35 @@ class MappedFile:
 
 
 class MappedDiffs(DiffSource):
-    """Diffs of a file, each read and checked once, when it is first asked for."""
+    """Diffs of a file, each read and checked once, when it is first asked for.
+
+    Who asks for the first two in order is going through all of them: the rest of a large file is
+    then read at once, by several threads.
+    """
 
     def __init__(self, file: MappedFile, device: torch.device) -> None:
         self._file = file
         self._device = device
         self._read: dict[str, SparseDiff] = {}
+        self._second = next(islice(file.header.diffs, 1, None), None)
 
     def __getitem__(self, name: str) -> SparseDiff:
         if name not in self._read:
             if name not in self._file.header.diffs:
                 raise KeyError(name)
+            if name == self._second and len(self._read) == 1:
+                self._read_ahead()
+        if name not in self._read:
             self._read[name] = self._file.diff(name).to(self._device)
         return self._read[name]
+
+    def _read_ahead(self) -> None:
+        size = sum(h.nbytes for h in self._file.header.diffs.values())
+        if size >= WORTH_THREADS and self._device.type == "cpu":
+            # A bad tensor is refused when it is asked for, not because another one was.
+            with contextlib.suppress(AdapterFormatError):
+                self.read_all()
+            self._second = None
 
     def __contains__(self, name: object) -> bool:  # Mapping's own would read the diff to answer
         return name in self._file.header.diffs
@@ -115,6 +155,12 @@ class MappedDiffs(DiffSource):
 
     def header(self, name: str) -> DiffHeader:
         return self._file.header.diffs[name]
+
+    def read_all(self) -> None:
+        """Read and check every diff not read yet, several at once."""
+        left = {n: h.nbytes for n, h in self._file.header.diffs.items() if n not in self._read}
+        for name, diff in read_all(self._file.diff, left).items():
+            self._read[name] = diff.to(self._device)
 
 
 class MappedDense(Mapping[str, Tensor]):
@@ -140,6 +186,13 @@ class MappedDense(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._file.header.dense_digests)
+
+    def read_all(self) -> None:
+        """Read and check every tensor, several at once."""
+        places = self._file.header.places
+        left = {n: places[f"dense/{n}"].nbytes for n in self if n not in self._read}
+        for name, tensor in read_all(self._file.dense, left).items():
+            self._read[name] = tensor.to(self._device)
 
 
 def _existing_file(path: str | os.PathLike[str]) -> Path:
@@ -173,8 +226,7 @@ def load_adapter(
     file = MappedFile(_existing_file(path))
     diffs, dense = MappedDiffs(file, torch.device(device)), MappedDense(file, torch.device(device))
     if check == "full":
-        for name in diffs:
-            diffs[name]
-        for name in dense:
-            dense[name]
+        file.read_ahead()
+        diffs.read_all()
+        dense.read_all()
     return Adapter(diffs, name=file.header.name, dense=dense, metadata=file.header.metadata)

@@ -1,4 +1,4 @@
-"""Adapter files, format version 1: the format, field by field, and its writer.
+"""Adapter files: the format, versions 1 and 2, field by field, and its writer.
 
 An adapter is one safetensors file, by default ``adapter.safetensors`` in a folder of its own::
 
@@ -13,7 +13,8 @@ Tensors, for each parameter ``NAME`` with a diff (``nnz`` entries) or trained fu
 
 ``diffs/NAME/indices``
     I32 or I64, (nnz,): flat row-major positions, ascending and unique. I32 exactly when the
-    parameter has fewer than 2**31 entries.
+    parameter has fewer than 2**31 entries. In format version 2 U8, (bytes,): the gaps between them
+    (`sparseft.io.gaps`), exactly where those take fewer bytes.
 ``diffs/NAME/values``
     F32, BF16, F16 or F64, (nnz,): finite; entry i belongs to position ``indices[i]``.
 ``dense/NAME``
@@ -25,7 +26,8 @@ Metadata, all required. Values are strings; those marked JSON hold a JSON docume
 ``format``
     ``"sparseft-adapter"``.
 ``format_version``
-    ``"1"``. Raised when a reader of the old version would misread the file.
+    ``"1"``, or ``"2"`` exactly when some indices are gaps (``Adapter.save(compact=True)``). Raised
+    when a reader of the old version would misread the file.
 ``adapter`` (JSON)
     ``name`` string; ``base_name`` string or null, never a path; ``method`` string; ``density``
     number or null; ``seed`` integer or null; ``versions`` object of strings (library: version);
@@ -34,7 +36,8 @@ Metadata, all required. Values are strings; those marked JSON hold a JSON docume
 ``tensors`` (JSON)
     ``diffs``: NAME to ``shape`` (list of integers; the parameter's), ``nnz`` (integer), ``mode``
     (``"add"``: W[indices] + values; ``"set"``: W[indices] = values) and ``digest`` (32 hex digits,
-    BLAKE2b of 16 bytes, as `SparseDiff.digest`). ``dense``: NAME to ``digest`` (as `dense_digest`).
+    BLAKE2b of 16 bytes, as `SparseDiff.digest`: of the positions, however they are stored).
+    ``dense``: NAME to ``digest`` (as `dense_digest`).
 ``fingerprint`` (JSON)
     null, or NAME to ``shape``, ``dtype``, ``digest`` and ``samples`` of the base tensor
     (`sparseft.fingerprint`); non-finite samples are the strings ``"nan"``, ``"inf"``, ``"-inf"``.
@@ -68,12 +71,14 @@ from sparseft.adapter import dense_digest
 from sparseft.diff import SparseDiff
 from sparseft.errors import AdapterFormatError
 from sparseft.io.atomic import atomic_write
+from sparseft.io.gaps import encode_gaps
 
 if TYPE_CHECKING:
     from sparseft.adapter import Adapter, AdapterMetadata
     from sparseft.fingerprint import Fingerprint
 
 __all__ = [
+    "COMPACT_VERSION",
     "DEFAULT_FILE",
     "DTYPE_NAMES",
     "FORMAT",
@@ -87,6 +92,7 @@ __all__ = [
 
 FORMAT = "sparseft-adapter"
 FORMAT_VERSION = "1"
+COMPACT_VERSION = "2"
 DEFAULT_FILE = "adapter.safetensors"
 MAX_HEADER = (
     100_000_000  # the safetensors package's own limit, so both readers accept the same files
@@ -99,6 +105,7 @@ DTYPE_NAMES = {
     torch.float16: "F16",
     torch.int64: "I64",
     torch.int32: "I32",
+    torch.uint8: "U8",
 }
 
 
@@ -169,14 +176,18 @@ def _check_writable(name: str, diff: SparseDiff) -> None:
 
 
 def build_header(
-    adapter: Adapter,
+    adapter: Adapter, *, compact: bool = False
 ) -> tuple[bytes, list[tuple[str, Tensor]]]:
     """Return the file's first bytes (length, header) and the tensors in the order they follow."""
+    version = FORMAT_VERSION
     tensors: dict[str, Tensor] = {}
     diffs: dict[str, dict[str, Any]] = {}
     for name, diff in adapter.diffs.items():
         _check_writable(name, diff)
-        tensors[f"diffs/{name}/indices"] = diff.indices
+        gaps = encode_gaps(diff.indices) if compact else None
+        if gaps is not None:
+            version = COMPACT_VERSION
+        tensors[f"diffs/{name}/indices"] = diff.indices if gaps is None else gaps
         tensors[f"diffs/{name}/values"] = diff.values
         shape = list(diff.shape)
         diffs[name] = {"shape": shape, "nnz": diff.nnz, "mode": diff.mode, "digest": diff.digest()}
@@ -191,7 +202,7 @@ def build_header(
     try:
         metadata = {
             "format": FORMAT,
-            "format_version": FORMAT_VERSION,
+            "format_version": version,
             "adapter": canonical_json(_provenance(adapter.name, adapter.metadata)),
             "tensors": canonical_json({"diffs": diffs, "dense": dense}),
             "fingerprint": canonical_json(_fingerprint(adapter.metadata.fingerprint)),
@@ -224,7 +235,13 @@ def build_header(
     return struct.pack("<Q", len(text)) + text, order
 
 
-def save_adapter(adapter: Adapter, path: str | os.PathLike[str], *, overwrite: bool = True) -> Path:
+def save_adapter(
+    adapter: Adapter,
+    path: str | os.PathLike[str],
+    *,
+    overwrite: bool = True,
+    compact: bool = False,
+) -> Path:
     """Write ``adapter`` to ``path/adapter.safetensors``, or to ``path`` if it ends in .safetensors.
 
     The documented behaviour and errors are those of `Adapter.save`.
@@ -235,7 +252,7 @@ def save_adapter(adapter: Adapter, path: str | os.PathLike[str], *, overwrite: b
     if sys.byteorder != "little":
         raise AdapterFormatError("adapters are written on little-endian machines only.")
     file = adapter_file(path)
-    head, tensors = build_header(adapter)
+    head, tensors = build_header(adapter, compact=compact)
     # The reader's own checks, before anything touches the disk: types of metadata, sizes, names.
     size = len(head) + sum(t.numel() * t.element_size() for _, t in tensors)
     parse_header(head, size, source=f"adapter {adapter.name!r} (not written)")
