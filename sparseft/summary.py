@@ -6,17 +6,22 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from sparseft._integrity import chunk_of
-from sparseft.adapter import Adapter, AdapterMetadata
+from sparseft.adapter import Adapter, AdapterMetadata, DiffHeader, Encoding
 
 __all__ = ["AdapterSummary", "TensorSummary", "summarise"]
 
 
 @dataclass(frozen=True)
 class TensorSummary:
-    """One tensor of an adapter: a sparse diff, or a tensor that was trained fully."""
+    """One tensor of an adapter: a sparse diff, or a tensor that was trained fully.
+
+    ``nbytes`` are those in memory, ``stored_nbytes`` those in the file it was loaded from (in
+    memory, if there is none), whose indices are ``encoding``.
+    """
 
     name: str
     kind: Literal["diff", "dense"]
@@ -28,6 +33,8 @@ class TensorSummary:
     mean_abs: float
     max_abs: float
     nbytes: int
+    encoding: Encoding
+    stored_nbytes: int
 
 
 @dataclass(frozen=True)
@@ -41,7 +48,19 @@ class AdapterSummary:
     numel: int
     dense_numel: int
     nbytes: int
+    stored_nbytes: int
     metadata: AdapterMetadata
+
+    @property
+    def encoding(self) -> Encoding:
+        """ "gaps" where the file is compact, i.e. some diff's indices are stored so."""
+        return "gaps" if any(r.encoding == "gaps" for r in self.tensors) else "plain"
+
+    @property
+    def bytes_per_entry(self) -> float:
+        """Stored bytes of indices and values per entry of the diffs; 0 if there is none."""
+        stored = sum(r.stored_nbytes for r in self.tensors if r.kind == "diff")
+        return stored / self.nnz if self.nnz else 0.0
 
     @property
     def density(self) -> float:
@@ -61,30 +80,51 @@ def _abs_mean_max(values: Tensor) -> tuple[float, float]:
     return (total / flat.numel() if flat.numel() else 0.0), largest
 
 
-def _row(
-    name: str, kind: Literal["diff", "dense"], shape: tuple[int, ...], mode: str, values: Tensor
-) -> TensorSummary:
+def _diff_row(name: str, header: DiffHeader, values: Tensor) -> TensorSummary:
     mean, largest = _abs_mean_max(values)
-    numel = math.prod(shape)
-    index_size = 0 if kind == "dense" else 4 if numel < 2**31 else 8
     return TensorSummary(
         name=name,
-        kind=kind,
-        shape=shape,
-        nnz=values.numel(),
-        density=values.numel() / numel if numel else 0.0,
-        mode=mode,
-        dtype=str(values.dtype).removeprefix("torch."),
+        kind="diff",
+        shape=tuple(header.shape),
+        nnz=header.nnz,
+        density=header.nnz / header.numel if header.numel else 0.0,
+        mode=header.mode,
+        dtype=_short(header.dtype),
         mean_abs=mean,
         max_abs=largest,
-        nbytes=values.numel() * (index_size + values.element_size()),
+        nbytes=header.nbytes,
+        encoding=header.encoding,
+        stored_nbytes=header.stored_nbytes,
     )
+
+
+def _dense_row(name: str, tensor: Tensor) -> TensorSummary:
+    mean, largest = _abs_mean_max(tensor)
+    nbytes = tensor.numel() * tensor.element_size()
+    return TensorSummary(
+        name=name,
+        kind="dense",
+        shape=tuple(tensor.shape),
+        nnz=tensor.numel(),
+        density=1.0 if tensor.numel() else 0.0,
+        mode="set",
+        dtype=_short(tensor.dtype),
+        mean_abs=mean,
+        max_abs=largest,
+        nbytes=nbytes,
+        encoding="plain",
+        stored_nbytes=nbytes,
+    )
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def summarise(adapter: Adapter) -> AdapterSummary:
     """Describe every tensor of ``adapter`` and the totals; reads each tensor once."""
-    rows = [_row(n, "diff", tuple(d.shape), d.mode, d.values) for n, d in adapter.diffs.items()]
-    rows += [_row(n, "dense", tuple(t.shape), "set", t) for n, t in adapter.dense.items()]
+    rows = [_diff_row(n, adapter.header(n), d.values) for n, d in adapter.diffs.items()]
+    rows += [_dense_row(n, t) for n, t in adapter.dense.items()]
     diffs = [r for r in rows if r.kind == "diff"]
     return AdapterSummary(
         name=adapter.name,
@@ -94,5 +134,6 @@ def summarise(adapter: Adapter) -> AdapterSummary:
         numel=sum(math.prod(r.shape) for r in diffs),
         dense_numel=sum(r.nnz for r in rows if r.kind == "dense"),
         nbytes=sum(r.nbytes for r in rows),
+        stored_nbytes=sum(r.stored_nbytes for r in rows),
         metadata=adapter.metadata,
     )

@@ -15,6 +15,11 @@ __all__ = ["HELP", "add_parser", "run"]
 
 HELP = "what an adapter holds; with several, how much they have in common"
 
+_ENCODINGS = {
+    "plain": "plain (positions)",
+    "gaps": "compact (gaps, where smaller)",
+}
+
 _EPILOG = """\
 examples:
   sparseft inspect swahili/                  tensors, sizes, where it comes from
@@ -89,6 +94,9 @@ def _facts(summary: AdapterSummary) -> dict[str, Any]:
         "density": summary.density,
         "dense_numel": summary.dense_numel,
         "nbytes": summary.nbytes,
+        "encoding": summary.encoding,
+        "stored_nbytes": summary.stored_nbytes,
+        "bytes_per_entry": summary.bytes_per_entry,
         "tensors": [
             {**vars(row), "shape": list(row.shape)} for row in summary.tensors
         ],
@@ -112,12 +120,13 @@ def _print_adapter(path: str, summary: AdapterSummary, *, tensors: bool) -> None
         "versions": ", ".join(f"{n} {v}" for n, v in sorted(meta.versions.items())),
         "parents": ", ".join(p[:12] for p in meta.parents) or "none",
         "extra": json.dumps(dict(meta.extra), ensure_ascii=False) if meta.extra else "none",
+        "indices": _ENCODINGS[summary.encoding],
     }
     for what, value in facts.items():
         print(f"  {what:<12} {value}")
     if tensors:
         header = ("tensor", "kind", "shape", "nnz", "density", "mode", "dtype", "mean |v|",
-                  "max |v|", "size")  # fmt: skip
+                  "max |v|", "size", "B/entry")  # fmt: skip
         rows = [
             (
                 row.name,
@@ -129,16 +138,20 @@ def _print_adapter(path: str, summary: AdapterSummary, *, tensors: bool) -> None
                 row.dtype,
                 f"{row.mean_abs:.3g}",
                 f"{row.max_abs:.3g}",
-                human_bytes(row.nbytes),
+                human_bytes(row.stored_nbytes),
+                f"{row.stored_nbytes / row.nnz:.2f}" if row.nnz else "-",
             )
             for row in summary.tensors
         ]
         print_table(header, rows)
     diffs = sum(row.kind == "diff" for row in summary.tensors)
     dense = f" and {summary.dense_numel:,} dense" if summary.dense_numel else ""
+    size = human_bytes(summary.stored_nbytes)
+    if summary.stored_nbytes != summary.nbytes:
+        size += f" ({human_bytes(summary.nbytes)} in memory)"
     print(
         f"  {summary.nnz:,} of {summary.numel:,} entries ({summary.density:.3%}) in {diffs} "
-        f"tensors{dense}, {human_bytes(summary.nbytes)}\n"
+        f"tensors{dense}, {size}, {summary.bytes_per_entry:.2f} bytes per entry\n"
     )
 
 
