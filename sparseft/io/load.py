@@ -25,6 +25,7 @@ from sparseft.diff import SparseDiff, index_dtype_for
 from sparseft.errors import AdapterFormatError
 from sparseft.io.gaps import GapsError, decode_gaps, encode_gaps
 from sparseft.io.header import FileHeader, parse_header
+from sparseft.io.mapped_guard import MappedGuard
 from sparseft.io.safetensors_v1 import DEFAULT_FILE, adapter_file
 from sparseft.io.verify import WORTH_THREADS, index_fault, read_all, value_fault
 
@@ -40,11 +41,13 @@ class MappedFile:
             size = os.fstat(file.fileno()).st_size
             # Copy-on-write: torch wants writable memory, and writes must not reach the file.
             self.bytes = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY) if size else None
+            self.guard = MappedGuard(file.fileno(), path)
         view = memoryview(self.bytes if self.bytes is not None else b"")
         self.header: FileHeader = parse_header(view, size, source=str(path))
 
     def tensor(self, name: str) -> Tensor:
         """View one tensor in the mapping; its contents are not checked yet."""
+        self.guard.check()
         place = self.header.places[name]
         count = torch.Size(place.shape).numel()
         if self.bytes is None or count == 0:
@@ -53,7 +56,7 @@ class MappedFile:
         return flat.view(place.shape)
 
     def fail(self, message: str) -> AdapterFormatError:
-        return AdapterFormatError(f"{self.path}: {message} The file is damaged or hostile.")
+        return AdapterFormatError(f"{self.path}: {message} {self.guard.blame()}")
 
     def diff(self, name: str) -> SparseDiff:
         """Read and check one diff.
@@ -125,8 +128,13 @@ class MappedDiffs(DiffSource):
         self._device = device
         self._read: dict[str, SparseDiff] = {}
         self._second = next(islice(file.header.diffs, 1, None), None)
+        self._in_file = device.type == "cpu"  # what was read is a view of the mapping
+        if self._in_file:
+            file.guard.forgets(self._read)
 
     def __getitem__(self, name: str) -> SparseDiff:
+        if self._in_file:
+            self._file.guard.check()
         if name not in self._read:
             if name not in self._file.header.diffs:
                 raise KeyError(name)
@@ -170,8 +178,13 @@ class MappedDense(Mapping[str, Tensor]):
         self._file = file
         self._device = device
         self._read: dict[str, Tensor] = {}
+        self._in_file = device.type == "cpu"  # what was read is a view of the mapping
+        if self._in_file:
+            file.guard.forgets(self._read)
 
     def __getitem__(self, name: str) -> Tensor:
+        if self._in_file:
+            self._file.guard.check()
         if name not in self._read:
             if name not in self._file.header.dense_digests:
                 raise KeyError(name)
