@@ -10,13 +10,13 @@ from torch import Tensor
 
 from sparseft._integrity import bits_equal
 from sparseft.adapter import Adapter, AdapterMetadata
+from sparseft.composition.bases import merged_fingerprint
 from sparseft.composition.coefficients import Coeffs, as_coeffs
 from sparseft.composition.fit import Loaded
 from sparseft.composition.plan import TensorPlan, plan_tensor, prepared
 from sparseft.composition.registry import Combine, Rule, recipe_of
 from sparseft.diff import SparseDiff
 from sparseft.errors import BaseMismatchError, CompositionError
-from sparseft.fingerprint import Fingerprint, TensorFingerprint, compare
 
 __all__ = ["AdapterLike", "compose_adapters", "load_named"]
 
@@ -84,7 +84,7 @@ def compose_adapters(
         (Loaded(n, a) for n, a in named.items() if given[n]), key=lambda loaded: loaded.order
     )
     ordered = [given[loaded.name] for loaded in chosen]
-    fingerprint = _merge_fingerprints(chosen)
+    fingerprint = merged_fingerprint({loaded.name: loaded.adapter for loaded in chosen})
     touched: dict[str, list[tuple[int, SparseDiff]]] = {}
     for ordinal, loaded in enumerate(chosen):
         for tensor_name, diff in loaded.adapter.diffs.items():
@@ -169,19 +169,3 @@ def _merge_dense(chosen: Sequence[Loaded], diffs: Mapping[str, SparseDiff]) -> d
                 )
             dense[name], owner[name] = tensor, loaded.name
     return dense
-
-
-def _merge_fingerprints(chosen: Sequence[Loaded]) -> Fingerprint | None:
-    merged: dict[str, TensorFingerprint] = {}
-    owner: dict[str, str] = {}
-    for loaded in chosen:
-        fingerprint = loaded.adapter.metadata.fingerprint
-        for name, print_ in (fingerprint.tensors if fingerprint else {}).items():
-            if name in merged and compare(merged[name], print_) == "different":
-                raise BaseMismatchError(
-                    f"adapters {owner[name]!r} and {loaded.name!r} were made on different bases: "
-                    f"{name!r} was {merged[name]} for the first, {print_} for the second."
-                )
-            merged.setdefault(name, print_)
-            owner.setdefault(name, loaded.name)
-    return Fingerprint(merged) if merged else None
