@@ -313,7 +313,8 @@ class Adapter(Mapping[str, SparseDiff]):
         """Read an adapter, memory-mapped; nothing unchecked is ever handed out.
 
         Args:
-            path: folder with ``adapter.safetensors``, or the file.
+            path: folder with ``adapter.safetensors``, or the file; or ``owner/name`` on the hub,
+                where neither it nor ``owner`` exists here (see `from_pretrained`).
             device: where the tensors go when they are first used.
             check: "full" reads and checks every tensor now, one by one; "lazy" checks the header
                 now and each tensor when it is first used.
@@ -321,10 +322,112 @@ class Adapter(Mapping[str, SparseDiff]):
         Raises:
             FileNotFoundError: nothing there.
             AdapterFormatError: damaged, hostile or of another format; names the tensor.
+            ConnectionError: a name that is not in the cache, and the hub does not answer.
         """
         from sparseft.io import load_adapter
 
         return load_adapter(path, device=device, check=check)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+        device: torch.device | str = "cpu",
+        check: Literal["full", "lazy"] = "full",
+    ) -> Adapter:
+        """Load an adapter from the hub, or from a path where that exists.
+
+        A name that is in the cache of downloads is loaded from there without asking the hub, as it
+        was when it was downloaded; ``force_download=True`` fetches what the hub has now.
+
+        Args:
+            name_or_path: ``owner/name``, or a path as in `load`, for which the next five arguments
+                mean nothing.
+            revision: branch, tag or commit; default: the main branch.
+            cache_dir: default: the hub client's.
+            token: for private repositories; default: the one saved by ``hf auth login``.
+            local_files_only: never ask the hub.
+            force_download: download also what is in the cache.
+            device, check: as in `load`.
+
+        Raises:
+            ValueError: neither a path that exists nor a name.
+            FileNotFoundError: no such repository, revision or adapter in it.
+            PermissionError: the repository is gated.
+            ConnectionError: not in the cache, and the hub does not answer.
+            AdapterFormatError: as in `load`.
+
+        Example:
+            >>> adapter = Adapter.from_pretrained("owner/swahili")  # doctest: +SKIP
+        """
+        from sparseft.io import download_adapter, load_adapter
+
+        if Path(name_or_path).exists():
+            return load_adapter(name_or_path, device=device, check=check)
+        folder = download_adapter(
+            os.fspath(name_or_path),
+            revision=revision,
+            cache_dir=cache_dir,
+            token=token,
+            local_files_only=local_files_only,
+            force_download=force_download,
+        )
+        return load_adapter(folder, device=device, check=check)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        revision: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        commit_message: str | None = None,
+        create_pr: bool = False,
+        compact: bool = False,
+        dtype: torch.dtype | None = None,
+    ) -> str:
+        """Upload ``adapter.safetensors`` and a model card to the hub.
+
+        The card (``README.md``) is made of what the adapter says of itself; a card that somebody
+        wrote by hand is kept.
+
+        Args:
+            repo_id: ``owner/name``, or ``name`` in the token's own space; made if missing.
+            revision: branch to write to, made if missing; default: the main branch.
+            private: whether a new repository is private; default: as the owner has set.
+            token: with the right to write; default: the one saved by ``hf auth login``.
+            commit_message: default: "Upload adapter NAME".
+            create_pr: open a pull request instead of writing to the branch.
+            compact, dtype: as in `save`.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            PermissionError: no token, or one that may not write there.
+            ConnectionError: the hub does not answer.
+            OSError: the hub answered with another error.
+            AdapterFormatError, DiffError: as in `save`; nothing was sent.
+        """
+        from sparseft.io import push_adapter
+
+        return push_adapter(
+            self,
+            repo_id,
+            revision=revision,
+            private=private,
+            token=token,
+            commit_message=commit_message,
+            create_pr=create_pr,
+            compact=compact,
+            dtype=dtype,
+        )
 
     def summary(self) -> AdapterSummary:
         """Describe every tensor and the totals as plain data (what ``sparseft inspect`` prints)."""

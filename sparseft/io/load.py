@@ -25,6 +25,7 @@ from sparseft.diff import SparseDiff, index_dtype_for
 from sparseft.errors import AdapterFormatError
 from sparseft.io.gaps import GapsError, decode_gaps, encode_gaps
 from sparseft.io.header import FileHeader, parse_header
+from sparseft.io.hub import download_adapter, is_hub_name
 from sparseft.io.mapped_guard import MappedGuard
 from sparseft.io.safetensors_v1 import DEFAULT_FILE, adapter_file
 from sparseft.io.verify import WORTH_THREADS, index_fault, read_all, value_fault
@@ -208,6 +209,15 @@ class MappedDense(Mapping[str, Tensor]):
             self._read[name] = tensor.to(self._device)
 
 
+def _located(path: str | os.PathLike[str]) -> Path:
+    """Return ``path``, or the folder of a download where it can only mean a name on the hub."""
+    here = Path(path)
+    # Where its first part is a folder here, "owner/name" is a path with a slip in it.
+    if isinstance(path, str) and is_hub_name(path) and not here.parent.exists():
+        return download_adapter(path)
+    return here
+
+
 def _existing_file(path: str | os.PathLike[str]) -> Path:
     given = Path(path)
     if given.is_file():
@@ -221,9 +231,11 @@ def _existing_file(path: str | os.PathLike[str]) -> Path:
     parent = given.parent
     beside = [p.name for p in parent.iterdir()] if parent.is_dir() else []
     hint = did_you_mean(given.name, beside) if parent.is_dir() else f" Nor does {parent}."
+    on_hub = " For one of that name on the hub use Adapter.from_pretrained."
     raise FileNotFoundError(
         f"no adapter at {given}: the path does not exist.{hint} "
         f"Wanted a .safetensors file or a folder with {adapter_file('').name}."
+        f"{on_hub if is_hub_name(str(path)) else ''}"
     )
 
 
@@ -236,7 +248,7 @@ def load_adapter(
     """Read an adapter; documented behaviour and errors are those of `Adapter.load`."""
     if check not in ("full", "lazy"):
         raise ValueError(f"check is {check!r}, wanted 'full' or 'lazy'.")
-    file = MappedFile(_existing_file(path))
+    file = MappedFile(_existing_file(_located(path)))
     diffs, dense = MappedDiffs(file, torch.device(device)), MappedDense(file, torch.device(device))
     if check == "full":
         file.read_ahead()
