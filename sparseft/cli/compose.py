@@ -11,8 +11,9 @@ __all__ = ["HELP", "add_parser", "run"]
 HELP = "put adapters on a base and write a stock checkpoint, or merge them into one adapter"
 
 _DESCRIPTION = """\
-Adds adapters, each times its coefficient, in fp32 with one rounding at the end. The order of
-adapters does not change a bit of the result."""
+Combines adapters, each times its coefficient, in fp32 with one rounding at the end. The order of
+adapters does not change a bit of the result. A base is streamed: one of its tensors is in memory at
+a time."""
 
 _EPILOG = """\
 examples:
@@ -20,12 +21,31 @@ examples:
       a complete checkpoint: base + Swahili + task, ready for from_pretrained
   sparseft compose --base path/to/model --adapter sw/ nli/ --coeff 0.8 1 --out merged/
       with coefficients, one per adapter in that order; negative ones subtract
+  sparseft compose --base path/to/model --adapter sw/ nli/ --method ties --option density=0.2 \\
+      --out merged/
+      by another method, with an option of it; --help-methods lists methods and their options
   sparseft compose --adapter sw/ nli/ --out sw-nli.safetensors
       no base: one adapter that holds the sum
 
-what comes out: with --base a folder with config, weights, tokenizer and
-sparseft_composition.json (which adapters, which coefficients); else an adapter. A folder or file
-that exists is only replaced with --overwrite; a failure leaves it as it was."""
+what comes out: with --base a folder with everything the base's folder has (the same shards, config,
+tokenizer), the weights composed, and beside them README.md (a model card) and
+sparseft_composition.json, which say which adapters, coefficients and method; else an adapter. A
+folder or file that exists is only replaced with --overwrite; a failure leaves it as it was.
+
+The inverse, an adapter from a base and a tuned checkpoint, is `sparseft diff`."""
+
+
+class _HelpMethods(argparse.Action):
+    """Print the registered methods: imported when asked for, as plain help needs no torch."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> None:
+        from sparseft.cli._options import list_options
+        from sparseft.composition import methods
+
+        for name, entry in methods().items():
+            print(f"{name}\n    {entry.summary}\n    options: {list_options(entry) or 'none'}")
+            print(f"    {entry.reference}")
+        parser.exit()
 
 
 def add_parser(subparsers: Any) -> None:
@@ -52,7 +72,17 @@ def add_parser(subparsers: Any) -> None:
         "--method",
         default="linear",
         metavar="NAME",
-        help="how to combine (default: %(default)s); an unknown name lists those there are",
+        help="how to combine (default: %(default)s); --help-methods lists those there are",
+    )
+    parser.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="an option of the method, e.g. density=0.2; may be given several times",
+    )
+    parser.add_argument(
+        "--help-methods", action=_HelpMethods, nargs=0, help="list methods and options, and stop"
     )
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="what to write")
     parser.add_argument(
@@ -78,8 +108,10 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Compose and say what was written."""
     from sparseft._text import human_bytes
+    from sparseft.cli._options import parse_options
     from sparseft.cli._paths import need_adapters
     from sparseft.composition import compose_adapters, merge_into_checkpoint
+    from sparseft.composition.registry import REGISTRY
     from sparseft.errors import CompositionError
     from sparseft.io import adapter_file
 
@@ -88,6 +120,9 @@ def run(args: argparse.Namespace) -> int:
             f"--coeff has {len(args.coeff)} numbers for {len(args.adapter)} adapters; give one "
             "each, in that order."
         )
+    entry = REGISTRY.get(args.method)
+    options = parse_options(args.option, entry)
+    REGISTRY.check_options(args.method, options)
     target = args.out if args.base is not None else adapter_file(args.out)
     if target.exists() and not args.overwrite:
         raise CompositionError(f"{target} exists already; add --overwrite, or give another --out.")
@@ -98,7 +133,9 @@ def run(args: argparse.Namespace) -> int:
             raise CompositionError(
                 "--architecture needs --base: without one an adapter is written."
             )
-        merged = compose_adapters(args.adapter, coeffs, name=args.name, method=args.method)
+        merged = compose_adapters(
+            args.adapter, coeffs, name=args.name, method=args.method, **options
+        )
         path = merged.save(args.out, overwrite=args.overwrite)
         size = human_bytes(path.stat().st_size)
         print(
@@ -120,8 +157,10 @@ def run(args: argparse.Namespace) -> int:
         overwrite=args.overwrite,
         check_base=not args.no_check_base,
         missing=args.missing,
+        **options,
     )
     size = human_bytes(sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()))
     parts = " + ".join(f"{c:g} * {a}" for a, c in zip(args.adapter, coeffs, strict=True))
-    print(f"{folder}: {args.base} + {parts}, {size}")
+    how = "" if args.method == "linear" else f" ({' '.join([args.method, *args.option])})"
+    print(f"{folder}: {args.base} + {parts}{how}, {size}")
     return 0

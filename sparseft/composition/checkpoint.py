@@ -14,25 +14,23 @@ from typing import Any
 from torch import nn
 
 from sparseft.adapter import Adapter
+from sparseft.composition.card import RECIPE_FILE, make_recipe, write_recipe
 from sparseft.composition.coefficients import Coeffs, as_coeffs
 from sparseft.composition.composer import Composer
-from sparseft.composition.fit import Dense, Missing
+from sparseft.composition.fit import Dense, Loaded, Missing
 from sparseft.composition.merge import AdapterLike, load_named
+from sparseft.composition.registry import recipe_of
+from sparseft.composition.stream import StoredOtherwiseError, StreamedMerge
+from sparseft.composition.target import Heads, build_target, class_for, heads_of
 from sparseft.errors import CompositionError
 from sparseft.io import atomic_write_json
+from sparseft.io.checkpoint_files import CheckpointFiles
 from sparseft.io.hub import first_line, load_from_anywhere
+from sparseft.io.model_folder import copy_companions, find_model, has_tokenizer, shown_name
 
 __all__ = ["RECIPE_FILE", "merge_into_checkpoint"]
 
 logger = logging.getLogger(__name__)
-
-RECIPE_FILE = "sparseft_composition.json"
-# Output layers of transformers' sequence classifiers: one row per label.
-_CLASSIFIER_OUTPUTS = ("classifier.out_proj.weight", "classifier.weight", "score.weight")
-_TOKENIZER_FILES = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt",
-    "*.model", "*.spm", "*.bpe.*",
-)  # fmt: skip
 
 
 def merge_into_checkpoint(
@@ -49,17 +47,22 @@ def merge_into_checkpoint(
     missing: Missing = "auto",
     **options: Any,
 ) -> Path:
-    """Write base + adapters as a stock checkpoint, by ``save_pretrained``.
+    """Write base + adapters as a stock checkpoint that holds what a `Composer` would put on it.
 
-    The folder appears whole or not at all. A live model is as before afterwards. Beside the weights
-    lie the tokenizer (of a base given by name or folder) and the recipe, `RECIPE_FILE`.
+    A base given by folder or name is streamed: one tensor is in memory at a time, beside the
+    adapters. Files and names stay as the base has them (shards, index, metadata, where tied weights
+    lie; pytorch_model.bin becomes safetensors), each tensor keeps its dtype, and everything else in
+    the folder (configurations, tokenizer, processors) is copied. A live model is written by its
+    ``save_pretrained`` and is as before afterwards. The folder appears whole or not at all, with
+    the recipe, `RECIPE_FILE`, and a model card.
 
     Args:
-        model: a transformers model, or the folder or hub name of one.
+        model: the folder or hub name of a transformers model, or the model itself.
         adapters, coeffs, method, options: as in `compose_adapters`.
         out_dir: the folder to write.
-        architecture: class of transformers to load a folder or name with; default: a sequence
-            classifier if an adapter has such a head, else the class the checkpoint names.
+        architecture: class of transformers the checkpoint is for; default: a sequence classifier
+            if an adapter has such a head, the class an extracted head was taken from, else the
+            class the base names.
         overwrite: whether an existing folder may be replaced.
         check_base, dense, missing: as in `Composer`.
 
@@ -68,31 +71,45 @@ def merge_into_checkpoint(
 
     Raises:
         FileExistsError: the folder exists and ``overwrite`` is False.
-        CompositionError: the base cannot be loaded, or a head would be written with random weights;
-            and what `Composer.apply` raises.
+        CompositionError: the base cannot be found or read, or a head would be written with random
+            weights; and what `Composer.apply` raises. Nothing has been written then.
+        OSError: writing failed; what was there before is there still.
     """
     target = Path(out_dir)
     if target.exists() and not overwrite:
         raise FileExistsError(f"{target} exists already; pass overwrite=True or another folder.")
     named = load_named(adapters)
     given = as_coeffs(list(named), coeffs, named)
-    source = None if isinstance(model, nn.Module) else str(model)
-    live: Any = model if source is None else _load(source, architecture, named)
-    if not hasattr(live, "save_pretrained"):
-        raise CompositionError(
-            f"{type(live).__name__} has no save_pretrained; only transformers models can be "
-            "written as a checkpoint. Save the state_dict inside Composer.composed(...) instead."
-        )
-    composer = Composer(live, named, check_base=check_base, dense=dense, missing=missing)
-    with composer.composed(given, method=method, **options), _new_folder(target) as folder:
-        live.save_pretrained(folder)
-        if source is not None:
-            _copy_tokenizer(source, folder)
-        recipe = [
-            {"name": n, "digest": composer[n].digest, "coeff": c} for n, c in sorted(given.items())
-        ]
-        content = {"method": method, "options": options, "adapters": recipe}
-        atomic_write_json(folder / RECIPE_FILE, content)
+    recipe_of(method, options)  # unknown methods and options are told before anything is read
+    if isinstance(model, nn.Module):
+        composer = _composer(model, named, check_base, dense, missing)
+        _write_whole(composer, None, given, target, method, options)
+        return target
+    folder = find_model(model)
+    loaded = sorted((Loaded(n, a) for n, a in named.items()), key=lambda x: x.order)
+    # A head with coefficient 0 is not there.
+    heads = heads_of(x.adapter for x in loaded if given[x.name] and dense != "skip")
+    recipe = make_recipe(shown_name(model), loaded, given, method, options)
+    try:
+        meta = build_target(folder, architecture, heads)
+        merge = StreamedMerge(
+            CheckpointFiles(folder), meta, loaded, given, method=method, options=options,
+            check_base=check_base, dense=dense, missing=missing,
+        )  # fmt: skip
+    except StoredOtherwiseError as reason:
+        logger.warning("%s The model is loaded whole instead of streamed.", reason)
+        live = _load_whole(folder, architecture, heads, named)
+        composer = _composer(live, named, check_base, dense, missing)
+        _write_whole(composer, (str(model), folder), given, target, method, options)
+        return target
+    except FileNotFoundError as bad:
+        raise CompositionError(str(bad)) from bad
+    with _new_folder(target) as new:
+        merge.write(new)
+        _copy_rest(str(model), folder, new)
+        if meta.config is not None:
+            atomic_write_json(new / "config.json", meta.config)
+        write_recipe(new, recipe, type(meta.model).__name__, merge.skipped)
     return target
 
 
@@ -121,84 +138,76 @@ def _new_folder(target: Path) -> Iterator[Path]:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def _labels(adapters: Mapping[str, Adapter]) -> int | None:
-    """Return the number of labels of the classifier that an adapter brings, if one does."""
-    for adapter in adapters.values():
-        for name in _CLASSIFIER_OUTPUTS:
-            if name in adapter.dense:
-                return int(adapter.dense[name].shape[0])
-    return None
-
-
-def _load(source: str, architecture: str | None, adapters: Mapping[str, Adapter]) -> nn.Module:
-    """Load a model in its checkpoint's dtype; all parameters come from there or an adapter."""
-    import transformers
-
-    labels = _labels(adapters)
-
-    def load(**where: Any) -> Any:
-        extra: dict[str, Any] = {}
-        config = transformers.AutoConfig.from_pretrained(source, **where)
-        if architecture is None and labels is not None:
-            loader: Any = transformers.AutoModelForSequenceClassification
-            extra["num_labels"] = labels
-        else:
-            name = architecture or next(iter(getattr(config, "architectures", None) or ()), None)
-            loader = getattr(transformers, name or "AutoModel", None)
-            if loader is None:
-                raise CompositionError(
-                    f"transformers has no class {name!r}; pass architecture='AutoModelFor...'."
-                )
-            if labels is not None and "SequenceClassification" in str(name):
-                extra["num_labels"] = labels
-        return loader.from_pretrained(
-            source,
-            dtype="auto",
-            output_loading_info=True,
-            adapter_kwargs=where,  # where PEFT is installed it looks for adapters by itself
-            **extra,
-            **where,
-        )
-
-    if source.startswith((".", "/", "~")) and not (Path(source).expanduser()).is_dir():
-        raise CompositionError(
-            f"base model: no folder {source}. Give a folder written by save_pretrained, or a name."
-        )
-    try:
-        model, info = load_from_anywhere(source, load)
-    except CompositionError:
-        raise
-    except (OSError, ValueError) as bad:
-        raise CompositionError(
-            f"base model {source!r} cannot be loaded: {first_line(bad)}. Without a network, give "
-            "the path of a folder written by save_pretrained, or one downloaded elsewhere "
-            "(hf download NAME --local-dir FOLDER)."
-        ) from bad
-    brought = {name for adapter in adapters.values() for name in adapter.dense}
-    random = sorted(set(info["missing_keys"]) - brought)
-    if random:
-        raise CompositionError(
-            f"{type(model).__name__} has parameters that neither {source!r} nor an adapter holds "
-            f"({', '.join(random[:3])}{', ...' if len(random) > 3 else ''}); they would be written "
-            "with random values. Pass another architecture, or an adapter with that head."
-        )
-    return model
-
-
-def _copy_tokenizer(source: str, folder: Path) -> None:
-    origin = Path(source)
-    if origin.is_dir():
-        for pattern in _TOKENIZER_FILES:
-            for file in sorted(origin.glob(pattern)):
-                if file.is_file():
-                    shutil.copy2(file, folder / file.name)
+def _copy_rest(source: str, folder: Path, new: Path) -> None:
+    """Copy what belongs to the base beside its weights."""
+    copy_companions(folder, new)
+    if has_tokenizer(new) or Path(source).expanduser().is_dir():
         return
+    # A download may have been of the weights alone.
     import transformers
 
     def load(**where: Any) -> Any:
         return transformers.AutoTokenizer.from_pretrained(source, **where)
 
     try:
-        load_from_anywhere(source, load).save_pretrained(folder)
+        load_from_anywhere(source, load).save_pretrained(new)
     except (OSError, ValueError) as bad:
-        logger.warning("no tokenizer was found beside %s (%s)", source, bad)
+        logger.warning("no tokenizer was found beside %s (%s)", source, first_line(bad))
+
+
+# Models that are in memory as a whole.
+
+
+def _composer(
+    live: nn.Module, named: Mapping[str, Adapter], check_base: bool, dense: Dense, missing: Missing
+) -> Composer:
+    if not hasattr(live, "save_pretrained"):
+        raise CompositionError(
+            f"{type(live).__name__} has no save_pretrained; only transformers models can be "
+            "written as a checkpoint. Save the state_dict inside Composer.composed(...) instead."
+        )
+    return Composer(live, named, check_base=check_base, dense=dense, missing=missing)
+
+
+def _write_whole(
+    composer: Composer,
+    source: tuple[str, Path] | None,
+    given: Mapping[str, float],
+    target: Path,
+    method: str,
+    options: Mapping[str, Any],
+) -> None:
+    """Write a live model by its ``save_pretrained``; ``source`` is where it was loaded from."""
+    live: Any = composer.model
+    base = source[0] if source else getattr(getattr(live, "config", None), "_name_or_path", "")
+    name = shown_name(base) if base else None
+    loaded = [Loaded(n, composer[n]) for n in given]
+    recipe = make_recipe(name, loaded, given, method, options)
+    with composer.composed(given, method=method, **options), _new_folder(target) as folder:
+        if source is not None:
+            _copy_rest(*source, folder)
+        live.save_pretrained(folder)
+        write_recipe(folder, recipe, type(live).__name__, composer.skipped)
+
+
+def _load_whole(
+    folder: Path, architecture: str | None, heads: Heads, adapters: Mapping[str, Adapter]
+) -> nn.Module:
+    """Load a model in its checkpoint's dtype; all parameters come from there or an adapter."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(folder)
+    name = class_for(config, architecture, heads)
+    labels = {"num_labels": heads.labels} if heads.labels and "Classification" in name else {}
+    model, info = getattr(transformers, name).from_pretrained(
+        folder, dtype="auto", output_loading_info=True, **labels
+    )
+    brought = {tensor for adapter in adapters.values() for tensor in adapter.dense}
+    random = sorted(set(info["missing_keys"]) - brought)
+    if random:
+        raise CompositionError(
+            f"{type(model).__name__} has parameters that neither {str(folder)!r} nor an adapter "
+            f"holds ({', '.join(random[:3])}{', ...' if len(random) > 3 else ''}); they would be "
+            "written with random values. Pass another architecture, or an adapter with that head."
+        )
+    return model
