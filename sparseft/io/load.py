@@ -248,7 +248,16 @@ def load_adapter(
     """Read an adapter; documented behaviour and errors are those of `Adapter.load`."""
     if check not in ("full", "lazy"):
         raise ValueError(f"check is {check!r}, wanted 'full' or 'lazy'.")
-    file = MappedFile(_existing_file(_located(path)))
+    where = _located(path)
+    try:
+        file = MappedFile(_existing_file(where))
+    except (FileNotFoundError, AdapterFormatError):
+        from sparseft.io import foreign  # here and not above: an adapter of ours needs none of it
+
+        adapter = foreign.load(where, torch.device(device))
+        if adapter is None:
+            raise
+        return adapter
     diffs, dense = MappedDiffs(file, torch.device(device)), MappedDense(file, torch.device(device))
     if check == "full":
         file.read_ahead()
