@@ -22,7 +22,8 @@ CARD_MARK = "<!-- written by sparseft; without this line it is kept as it is -->
 def model_card(adapter: Adapter, name: str | None = None) -> str:
     """Return the card of ``adapter``: YAML front matter, then Markdown.
 
-    The same adapter gives the same card. It holds no time and no path, and no number that was not computed from the adapter.
+    The same adapter gives the same card. It holds no time and no path, and no number that was not
+    computed from the adapter.
 
     Args:
         adapter: what the card is of; only headers and the digest are read.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -104,3 +106,30 @@ def forge() -> Callable[..., Path]:
 @pytest.fixture
 def header_of() -> Callable[[Path], dict[str, Any]]:
     return read_header
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A hub on this machine (``_hub_server.Hub``) that huggingface_hub takes for the real one."""
+    from huggingface_hub import constants
+
+    where = Path(__file__).with_name("_hub_server.py")
+    spec = importlib.util.spec_from_file_location("_hub_server", where)
+    if spec is None or spec.loader is None:
+        raise pytest.UsageError(f"{where} cannot be loaded")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["_hub_server"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    server = module.Hub()
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    # Its service is not of HTTP alone; without it files go by git-lfs, as from older clients.
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.delenv("HUGGING_FACE_HUB_TOKEN", raising=False)
+    yield server
+    server.stop()
