@@ -6,12 +6,18 @@ Does not belong here: training (sparseft/attachment.py, sparseft/training), choo
 (sparseft/selection).
 """
 
+from sparseft.composition.breadcrumbs import compose_breadcrumbs
 from sparseft.composition.checkpoint import merge_into_checkpoint
 from sparseft.composition.composer import Composer
+from sparseft.composition.consensus import compose_consensus
+from sparseft.composition.dare import compose_dare_linear, compose_dare_ties
+from sparseft.composition.della import compose_della
 from sparseft.composition.linear import compose_linear
+from sparseft.composition.magnitude_max import compose_magnitude_max
 from sparseft.composition.merge import compose_adapters
 from sparseft.composition.overlap import Overlap, jaccard
 from sparseft.composition.registry import Part, Recipe, Rule, Term, methods, register_method
+from sparseft.composition.ties import compose_ties
 
 __all__ = [
     "Composer",
@@ -21,7 +27,14 @@ __all__ = [
     "Rule",
     "Term",
     "compose_adapters",
+    "compose_breadcrumbs",
+    "compose_consensus",
+    "compose_dare_linear",
+    "compose_dare_ties",
+    "compose_della",
     "compose_linear",
+    "compose_magnitude_max",
+    "compose_ties",
     "jaccard",
     "merge_into_checkpoint",
     "methods",
