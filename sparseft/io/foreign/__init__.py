@@ -21,7 +21,16 @@ from __future__ import annotations
 
 from sparseft.io.foreign.base import Base
 from sparseft.io.foreign.found import Conversion, Found, Written
-from sparseft.io.foreign.registry import FORMATS, detect, load, read, read_masks, writable, write
+from sparseft.io.foreign.registry import (
+    FORMATS,
+    detect,
+    load,
+    read,
+    read_masks,
+    without,
+    writable,
+    write,
+)
 
 __all__ = [
     "FORMATS",
@@ -33,6 +42,7 @@ __all__ = [
     "load",
     "read",
     "read_masks",
+    "without",
     "writable",
     "write",
 ]

@@ -32,7 +32,7 @@ from sparseft.io.foreign.peft import CONFIG_FILE, WEIGHTS_FILES
 from sparseft.io.foreign.pickles import is_pickle
 from sparseft.io.safetensors_v1 import DEFAULT_FILE
 
-__all__ = ["FORMATS", "detect", "load", "read", "read_masks", "writable", "write"]
+__all__ = ["FORMATS", "detect", "load", "read", "read_masks", "without", "writable", "write"]
 
 FORMATS = Registry("adapter format")
 
