@@ -14,7 +14,7 @@ from sparseft._version import __version__
 if TYPE_CHECKING:
     from sparseft.adapter import Adapter
     from sparseft.attachment import Attachment, attach, attachments_of
-    from sparseft.composition import Composer, compose_adapters
+    from sparseft.composition import Composer, compose_adapters, extract_adapter
     from sparseft.diff import SparseDiff, SparsePattern
     from sparseft.errors import SparseFtError
     from sparseft.ops import backend
@@ -37,6 +37,7 @@ _EXPORTS = {
     "attachments_of": "sparseft.attachment",
     "backend": "sparseft.ops",
     "compose_adapters": "sparseft.composition",
+    "extract_adapter": "sparseft.composition",
     "lottery_ticket": "sparseft.training",
     "register_selector": "sparseft.selection",
     "select": "sparseft.selection",
@@ -57,6 +58,7 @@ __all__ = [
     "attachments_of",
     "backend",
     "compose_adapters",
+    "extract_adapter",
     "lottery_ticket",
     "register_selector",
     "select",

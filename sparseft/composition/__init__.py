@@ -9,6 +9,7 @@ Does not belong here: training (sparseft/attachment.py, sparseft/training), choo
 from sparseft.composition.breadcrumbs import compose_breadcrumbs
 from sparseft.composition.checkpoint import merge_into_checkpoint
 from sparseft.composition.composer import Composer
+from sparseft.composition.extract import extract_adapter
 from sparseft.composition.consensus import compose_consensus
 from sparseft.composition.dare import compose_dare_linear, compose_dare_ties
 from sparseft.composition.della import compose_della
@@ -33,6 +34,7 @@ __all__ = [
     "compose_dare_ties",
     "compose_della",
     "compose_linear",
+    "extract_adapter",
     "compose_magnitude_max",
     "compose_ties",
     "jaccard",

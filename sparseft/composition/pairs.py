@@ -1,0 +1,225 @@
+"""Two checkpoints of one model, tensor beside tensor, by the names the model gives them."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparseft.composition.target import build_target, find_places, read_config
+from sparseft.errors import BaseMismatchError, CompositionError
+from sparseft.io.checkpoint_files import CheckpointFiles, TensorInfo
+from sparseft.io.model_folder import find_model
+from sparseft.modules import ParameterIndex
+from sparseft.modules.prefixes import names_around
+
+__all__ = ["Pair", "Side", "open_side", "pair_up"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One parameter in both checkpoints.
+
+    Args:
+        name: canonical name in the tuned model.
+        base, tuned: names in the files.
+        base_dtype, tuned_dtype: dtypes there.
+        numel: entries.
+    """
+
+    name: str
+    base: str
+    tuned: str
+    base_dtype: torch.dtype
+    tuned_dtype: torch.dtype
+    numel: int
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two checkpoints.
+
+    Args:
+        what: "base" or "tuned".
+        files: its files.
+        model: the class it is of, on the meta device; None where that is not known.
+        index: the model's parameters.
+        parameters: canonical name -> names in the files, sorted by the first.
+        others: tensors that are no floating parameters.
+        architecture, id2label: what its configuration says.
+    """
+
+    what: str
+    files: CheckpointFiles
+    model: nn.Module | None
+    index: ParameterIndex
+    parameters: dict[str, list[str]]
+    others: list[str]
+    architecture: str | None
+    id2label: dict[str, str] | None
+
+    def forms(self, name: str) -> Iterator[str]:
+        """Yield the names that another checkpoint of this model may have for a parameter."""
+        yield name
+        for known in (name, *(self.index.aliases(name) if name in self.index else ())):
+            if self.model is not None:
+                yield from names_around(self.model, known)
+
+    def find(self, name: str) -> str | None:
+        """Return the canonical name of the parameter called ``name`` elsewhere, None if the files
+        have none.
+        """
+        for form in self.forms(name):
+            found = self.index.resolve(form) if form in self.index else form
+            if found in self.parameters:
+                return found
+        return None
+
+
+def open_side(source: str | os.PathLike[str], what: str) -> Side:
+    """Open a checkpoint: a folder, a name on the hub, or a file.
+
+    Raises:
+        CompositionError: not there, or not to be read.
+    """
+    path = Path(source).expanduser()
+    path = path if path.is_file() else find_model(source, what)
+    try:
+        files = CheckpointFiles(path, what)
+    except FileNotFoundError as bad:
+        raise CompositionError(str(bad)) from bad
+    model: nn.Module | None = None
+    config: dict[str, Any] = {}
+    if (path / "config.json").is_file():
+        config = read_config(path)
+        try:
+            model = build_target(path).model
+        except CompositionError as bad:
+            logger.warning("%s: tied weights are not known, names are the files' (%s)", what, bad)
+    index = ParameterIndex(model if model is not None else nn.Module())
+    parameters: dict[str, list[str]] = {}
+    if model is None:
+        floating = [n for n in files.names if files.info(n).is_floating]
+        parameters = {n: [n] for n in floating}
+    else:
+        for name, place in find_places(model, index, files.names).parameters.items():
+            if files.info(name).is_floating:
+                parameters.setdefault(index.resolve(place), []).append(name)
+    named = {n for names in parameters.values() for n in names}
+    labels = config.get("id2label")
+    side = Side(
+        what=what,
+        files=files,
+        model=model,
+        index=index,
+        parameters=dict(sorted(parameters.items())),
+        others=[n for n in files.names if n not in named],
+        architecture=next(iter(config.get("architectures") or ()), None),
+        id2label={str(k): str(v) for k, v in labels.items()} if isinstance(labels, dict) else None,
+    )
+    _check_copies(side)
+    return side
+
+
+def _check_copies(side: Side) -> None:
+    """Check that a tied parameter which is stored twice has one value."""
+    for first, *rest in side.parameters.values():
+        for other in rest:
+            if not side.files.same_bytes(first, side.files, other):
+                raise CompositionError(
+                    f"{side.what}: {first!r} and {other!r} are one tied parameter, but the files "
+                    "hold them with different values. Correct tie_word_embeddings in its "
+                    "config.json."
+                )
+
+
+def pair_up(base: Side, tuned: Side, left_out: Collection[str]) -> tuple[list[Pair], list[str]]:
+    """Return the parameters that both have, by canonical name, and those that only ``tuned`` has.
+
+    Args:
+        base, tuned: the checkpoints.
+        left_out: names in ``tuned`` that are not looked at.
+
+    Raises:
+        BaseMismatchError: shapes that differ.
+        CompositionError: weights tied in one of the two only; other tensors that differ.
+    """
+    pairs: list[Pair] = []
+    only_tuned: list[str] = []
+    seen: dict[str, str] = {}
+    for name, homes in tuned.parameters.items():
+        if name in left_out:
+            continue
+        found = next((f for form in tuned.forms(name) if (f := base.find(form))), None)
+        if found is None:
+            only_tuned.append(name)
+            continue
+        if found in seen:
+            _refuse_tie(seen[found], name, "base", "tuned")
+        seen[found] = name
+        for alias in tuned.index.aliases(name) if name in tuned.index else ():
+            other = base.find(alias)
+            if other is not None and other != found:
+                _refuse_tie(found, other, "tuned", "base")
+        there, here = base.parameters[found][0], homes[0]
+        old, new = base.files.info(there), tuned.files.info(here)
+        if old.shape != new.shape:
+            raise BaseMismatchError(_other_shape(name, old, new))
+        pairs.append(Pair(name, there, here, _dtype(old), _dtype(new), new.numel))
+    _check_others(base, tuned, left_out)
+    if not pairs:
+        raise CompositionError(
+            f"{base.files.path} and {tuned.files.path} have no parameter in common; the first of "
+            f"the tuned is {next(iter(tuned.parameters), None)!r}, of the base "
+            f"{next(iter(base.parameters), None)!r}. Are they checkpoints of one model?"
+        )
+    return pairs, only_tuned
+
+
+def _dtype(info: TensorInfo) -> torch.dtype:
+    return info.torch_dtype or torch.float32
+
+
+def _refuse_tie(one: str, other: str, tied: str, untied: str) -> None:
+    raise CompositionError(
+        f"{one!r} and {other!r} are one tied weight in the {tied} checkpoint but two in the "
+        f"{untied} one, so no adapter of the base can hold the change. Untie both (load the "
+        f"{tied} with tie_word_embeddings=False, save it and diff that), or exclude one of the "
+        "two."
+    )
+
+
+def _other_shape(name: str, old: TensorInfo, new: TensorInfo) -> str:
+    said = (
+        f"{name!r} has shape {list(old.shape)} in the base but {list(new.shape)} in the tuned "
+        "checkpoint; a diff needs one shape. "
+    )
+    if len(old.shape) == len(new.shape) == 2 and old.shape[1] == new.shape[1]:
+        said += (
+            f"For a vocabulary that grew, resize the base first "
+            f"(model.resize_token_embeddings({new.shape[0]}), save_pretrained) and diff against "
+            "that. "
+        )
+    return f"{said}exclude={name!r} leaves the tensor out."
+
+
+def _check_others(base: Side, tuned: Side, left_out: Collection[str]) -> None:
+    """Refuse differences in what no diff can hold: buffers, integers, tensors that are fused."""
+    for name in tuned.others:
+        if name in left_out or name not in base.files:
+            continue
+        if not tuned.files.same_bytes(name, base.files, name):
+            raise CompositionError(
+                f"{name!r} ({tuned.files.info(name).dtype}) differs between the checkpoints, and "
+                "is no floating parameter of the model as transformers builds it (a buffer, a "
+                f"quantised weight, a tensor that is fused with others): no diff can hold it. "
+                f"exclude={name!r} leaves it out."
+            )
