@@ -14,7 +14,7 @@ from sparseft.composition.bases import merged_fingerprint
 from sparseft.composition.coefficients import Coeffs, as_coeffs
 from sparseft.composition.fit import Loaded
 from sparseft.composition.plan import TensorPlan, plan_tensor, prepared
-from sparseft.composition.registry import Combine, Rule, recipe_of
+from sparseft.composition.registry import Combine, Rule, filled_options, recipe_of
 from sparseft.diff import SparseDiff
 from sparseft.errors import BaseMismatchError, CompositionError
 
@@ -107,7 +107,13 @@ def compose_adapters(
         fingerprint=fingerprint,
         method=f"compose/{method}",
         parents=tuple(loaded.digest for loaded in chosen),
-        extra={"composition": {"method": method, "options": options, "adapters": parts}},
+        extra={
+            "composition": {
+                "method": method,
+                "options": filled_options(method, options),
+                "adapters": parts,
+            }
+        },
     )
     return Adapter(
         diffs,

@@ -8,7 +8,7 @@ repeats.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
@@ -25,6 +25,7 @@ __all__ = [
     "Recipe",
     "Rule",
     "Term",
+    "filled_options",
     "methods",
     "recipe_of",
     "register_method",
@@ -107,3 +108,10 @@ def recipe_of(name: str, options: dict[str, Any]) -> Recipe:
     """
     REGISTRY.check_options(name, options)
     return REGISTRY.get(name).fn(**options)
+
+
+def filled_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a method's options with its defaults: what a record of a composition holds, for a
+    later release may have other defaults.
+    """
+    return {**REGISTRY.get(name).options, **options}
