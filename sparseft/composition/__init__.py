@@ -9,15 +9,16 @@ Does not belong here: training (sparseft/attachment.py, sparseft/training), choo
 from sparseft.composition.breadcrumbs import compose_breadcrumbs
 from sparseft.composition.checkpoint import merge_into_checkpoint
 from sparseft.composition.composer import Composer
-from sparseft.composition.extract import extract_adapter
 from sparseft.composition.consensus import compose_consensus
 from sparseft.composition.dare import compose_dare_linear, compose_dare_ties
 from sparseft.composition.della import compose_della
+from sparseft.composition.extract import extract_adapter
 from sparseft.composition.linear import compose_linear
 from sparseft.composition.magnitude_max import compose_magnitude_max
 from sparseft.composition.merge import compose_adapters
 from sparseft.composition.overlap import Overlap, jaccard
 from sparseft.composition.registry import Part, Recipe, Rule, Term, methods, register_method
+from sparseft.composition.residency import Residency
 from sparseft.composition.ties import compose_ties
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "Overlap",
     "Part",
     "Recipe",
+    "Residency",
     "Rule",
     "Term",
     "compose_adapters",
@@ -34,9 +36,9 @@ __all__ = [
     "compose_dare_ties",
     "compose_della",
     "compose_linear",
-    "extract_adapter",
     "compose_magnitude_max",
     "compose_ties",
+    "extract_adapter",
     "jaccard",
     "merge_into_checkpoint",
     "methods",
