@@ -126,8 +126,8 @@ def read(found: Found) -> Conversion:
     listed, whole = _part(found, "diffs"), _part(found, "abs")
     values = {f"{n} (values)": e.get("values") for n, e in listed.items() if isinstance(e, dict)}
     check_tensors(found.file, values | whole)
-    for key in list(listed):
-        entry, what = listed.pop(key), found.what(key)  # frees the list of steps when it is read
+    for key, entry in listed.items():
+        what = found.what(key)
         if not isinstance(entry, dict):
             found.fail(
                 f"{key[:200]!r} is {type(entry).__name__}, wanted size, index_steps and values. "
@@ -140,7 +140,7 @@ def read(found: Found) -> Conversion:
         name = found.parameter(key)
         if name in diffs:
             found.fail(f"two diffs of parameter {name!r}.")
-        positions = _positions(entry.pop("index_steps"), shape, what)
+        positions = _positions(entry["index_steps"], shape, what)
         diffs[name] = diff_from(positions, entry["values"], shape, what)
     for key, tensor in whole.items():
         name = found.parameter(key)
