@@ -111,19 +111,20 @@ def header_of() -> Callable[[Path], dict[str, Any]]:
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A hub on this machine (``_hub_server.Hub``) that huggingface_hub takes for the real one."""
-    from huggingface_hub import constants
+    from huggingface_hub import constants, file_download
 
     where = Path(__file__).with_name("_hub_server.py")
     spec = importlib.util.spec_from_file_location("_hub_server", where)
     if spec is None or spec.loader is None:
         raise pytest.UsageError(f"{where} cannot be loaded")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["_hub_server"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    server = module.Hub()
+    stand_in = importlib.util.module_from_spec(spec)
+    sys.modules["_hub_server"] = stand_in  # dataclasses look their module up
+    spec.loader.exec_module(stand_in)
+    server = stand_in.Hub()
     monkeypatch.setattr(constants, "ENDPOINT", server.url)
     template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    for module in (constants, file_download):  # version 0.34 copies it when it is imported
+        monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
