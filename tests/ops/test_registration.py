@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
 
 from sparseft import ops
 from sparseft.diff import SparsePattern
@@ -37,6 +38,24 @@ def samples() -> dict[str, list[tuple]]:
         "spmm": [
             (rand(2, 3, 6), rand(n), i, 6, 5),
             (leaf(4, 5), leaf(n), i, 6, 5, True),
+        ],
+        "segment_spmm": [
+            (rand(3, 2, 5), None, [rand(n)], [i], [], None, [3], 6, 5, False, ""),
+            (leaf(4, 6), leaf(4, 5), [leaf(n)], [i], [], None, [3], 6, 5, True, ""),
+            (
+                leaf(4, 5), leaf(4, 6), [leaf(n), rand(n)], [i, i], [leaf(6), rand(6)],
+                torch.tensor([2, 0, 3], dtype=torch.int32), [1, 3], 6, 5, False, "",
+            ),
+        ],
+        "embedding_diff": [
+            (
+                rand(3, 2, 5), torch.randint(0, 6, (3, 2)), [rand(n)], [i], None, [3], 6,
+                -1, False, "",
+            ),
+            (
+                leaf(4, 5), torch.randint(0, 6, (4,)), [leaf(n), rand(n)], [i, i],
+                torch.tensor([2, 0, 3]), [1, 3], 6, 2, True, "",
+            ),
         ],
         "sampled_embedding_grad": [
             (rand(2, 3, 5), torch.randint(0, 6, (2, 3)), i, 6),
@@ -92,7 +111,7 @@ def test_fake_agrees_on_shape_and_dtype(name):
     for arguments in samples()[name]:
         real = op(*arguments)
         with FakeTensorMode() as mode:
-            fake = op(*(mode.from_tensor(a) if torch.is_tensor(a) else a for a in arguments))
+            fake = op(*tree_map_only(torch.Tensor, mode.from_tensor, arguments))
         assert (fake.shape, fake.dtype) == (real.shape, real.dtype)
 
 
