@@ -5,12 +5,19 @@ from __future__ import annotations
 from typing import NamedTuple
 
 __all__ = [
+    "COMPOSE",
     "DOTS",
+    "EMBEDDING_DIFF",
     "EMBEDDING_ROWS",
     "ENTRYWISE",
+    "GATHER_REDUCE",
     "GROUP",
+    "MULTI_TENSOR",
     "OPTIMIZER",
     "PLACE_SHIFT",
+    "SPMM_FEW",
+    "SPMM_MANY",
+    "SPMM_ONE",
     "TILE",
     "TOPK",
     "TRANSPOSE",
@@ -18,6 +25,7 @@ __all__ = [
     "DotsConfig",
     "RowsConfig",
     "SampledPlan",
+    "SpmmConfig",
     "Target",
     "TileConfig",
     "TopkConfig",
@@ -47,6 +55,14 @@ class Config(NamedTuple):
 # a GPU yet.)
 ENTRYWISE = Config(block=1024, num_warps=4)
 
+# Compositions: all three kernels share one table of blocks, so one block size. Four entries a
+# thread: with eight the sum takes 96 registers and an election 128, on sm_90, which halves the
+# warps that wait for memory. (Ahead-of-time figures.)
+COMPOSE = Config(block=512, num_warps=4)
+MULTI_TENSOR = Config(block=COMPOSE.block, num_warps=4)
+# Gradients of coefficients: one pass over the entries, and a sum per adapter and block.
+GATHER_REDUCE = Config(block=512, num_warps=4)
+
 # A block serves one tensor, and a tensor of a few thousand entries should not waste half of one.
 # Eight entries a thread are two 16-byte loads per fp32 vector, seven vectors in flight.
 OPTIMIZER = Config(block=1024, num_warps=4)
@@ -66,6 +82,29 @@ class TopkConfig(NamedTuple):
 # so uneven ones even out, and their tables stay near 3 MiB. With 512 Ki samples the guess of 1 % is
 # off by 1.4 % (one standard deviation), of 0.01 % by 14 %. (Reckoned, not tuned: no GPU yet.)
 TOPK = TopkConfig(block=2048, num_warps=8, spans=1 << 15, sample=1 << 19, spare=1 << 18)
+
+
+# ---- products with a sparse diff
+
+
+class SpmmConfig(NamedTuple):
+    """Tokens, outputs and entries of each output that a program takes at a time."""
+
+    block_t: int
+    block_m: int
+    block_k: int
+    num_warps: int
+
+
+# 16 neighbouring outputs are one 32-byte sector of a bf16 row, so stores fill whole sectors. One or
+# a few tokens: 32 entries of each output are in flight, indices are shared by the tokens. Many: 32
+# tokens of a column are 64 bytes of the transposed copy, and with 8 warps the whole loop fits 128
+# registers. (Reckoned and compiled, not measured: no GPU yet.)
+SPMM_ONE = SpmmConfig(block_t=1, block_m=16, block_k=32, num_warps=4)
+SPMM_FEW = SpmmConfig(block_t=4, block_m=16, block_k=16, num_warps=4)
+SPMM_MANY = SpmmConfig(block_t=32, block_m=16, block_k=4, num_warps=8)
+# A row of an embedding's diff has tens to hundreds of entries.
+EMBEDDING_DIFF = Config(block=128, num_warps=1)
 
 
 # ---- sampled weight gradient

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -20,6 +22,8 @@ __all__ = [
     "device_guard",
     "empty",
     "launch",
+    "on_device",
+    "quotient",
     "round_to",
     "target_of",
     "triton_dtype",
@@ -94,6 +98,38 @@ def launch(
         )
 
 
+# Tables on the device, by what they hold. Keyed by stream as well: an upload is ordered before
+# its launch on one stream only.
+_uploads: OrderedDict[Hashable, Tensor] = OrderedDict()
+_KEPT_UPLOADS = 32
+# A captured graph reads its tables, and the host memory they come from, at every replay.
+_captured: list[tuple[Tensor, Tensor]] = []
+
+
+def on_device(key: Hashable, build: Callable[[], Tensor], device: torch.device) -> Tensor:
+    """Return ``build()`` on the device, uploaded once per key and stream, without a sync."""
+    if device.type != "cuda":
+        capturing, stream = False, 0
+    else:
+        stream = torch.cuda.current_stream(device).cuda_stream
+        capturing = torch.cuda.is_current_stream_capturing()
+    key = (device, stream, key)
+    if not capturing and key in _uploads:
+        _uploads.move_to_end(key)
+        return _uploads[key]
+    host = build()
+    if capturing:
+        # Pageable on purpose: page-locked memory cannot be allocated during every capture.
+        table = host.to(device, non_blocking=True)
+        _captured.append((host, table))
+        return table
+    table = host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+    _uploads[key] = table
+    if len(_uploads) > _KEPT_UPLOADS:
+        _uploads.popitem(last=False)
+    return table
+
+
 @triton.jit
 def round_to(x, DTYPE: tl.constexpr):
     """Round fp32 (or fp64) to DTYPE, to nearest even.
@@ -108,3 +144,12 @@ def round_to(x, DTYPE: tl.constexpr):
         return (bits & -65536).to(tl.float32, bitcast=True).to(tl.bfloat16)
     else:
         return x.to(DTYPE)
+
+
+@triton.jit
+def quotient(x, y):
+    """x / y rounded to nearest; Triton's fp32 division is otherwise an approximation on GPUs."""
+    if x.dtype == tl.float64:
+        return x / y
+    else:
+        return tl.div_rn(x, y)

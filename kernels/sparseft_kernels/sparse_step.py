@@ -14,8 +14,7 @@ are the correctly rounded ones. (Counted, not measured on a GPU.)
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparseft_kernels._configs import OPTIMIZER
-from sparseft_kernels._launch import empty, launch, round_to, triton_dtype
+from sparseft_kernels._launch import empty, launch, on_device, quotient, round_to, triton_dtype
 
 __all__ = ["HYPER", "QUANTUM", "launch_step"]
 
@@ -155,14 +154,6 @@ def _store(ptr, offs, x, numel, MASKED: tl.constexpr):
 
 
 @triton.jit
-def _quotient(x, y):
-    if x.dtype == tl.float64:
-        return x / y
-    else:
-        return tl.div_rn(x, y)
-
-
-@triton.jit
 def _root(x):
     if x.dtype == tl.float64:
         return tl.sqrt(x)
@@ -281,9 +272,9 @@ def _advance(
         first = first + a * (grad - first)
         second = second * b + rest * grad * grad
         root = tl.load(rates + _ROOT).to(WIDE)
-        below = _quotient(_root(second), tl.broadcast_to(root, second.shape))
+        below = quotient(_root(second), tl.broadcast_to(root, second.shape))
         below = below + tl.load(rates + _EPS).to(WIDE)
-        value = value - _quotient(size * first, below)
+        value = value - quotient(size * first, below)
         if EIGHT_BITS:
             codes = _encode(second, second_scale_ptr, start, numel, BLOCK, False)
             _store(second_ptr, offs, codes, numel, MASKED)
@@ -355,38 +346,6 @@ def _step_kernel(
             )  # fmt: skip
 
 
-# Tables on the device, by what they hold. Keyed by stream as well: an upload is ordered before
-# its launch on one stream only.
-_uploads: OrderedDict[Hashable, Tensor] = OrderedDict()
-_KEPT_UPLOADS = 32
-# A captured graph reads its tables, and the host memory they come from, at every replay.
-_captured: list[tuple[Tensor, Tensor]] = []
-
-
-def _on_device(key: Hashable, build: Callable[[], Tensor], device: torch.device) -> Tensor:
-    """Return ``build()`` on the device, uploaded once per key and stream, without a sync."""
-    if device.type != "cuda":
-        capturing, stream = False, 0
-    else:
-        stream = torch.cuda.current_stream(device).cuda_stream
-        capturing = torch.cuda.is_current_stream_capturing()
-    key = (device, stream, key)
-    if not capturing and key in _uploads:
-        _uploads.move_to_end(key)
-        return _uploads[key]
-    host = build()
-    if capturing:
-        # Pageable on purpose: page-locked memory cannot be allocated during every capture.
-        table = host.to(device, non_blocking=True)
-        _captured.append((host, table))
-        return table
-    table = host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
-    _uploads[key] = table
-    if len(_uploads) > _KEPT_UPLOADS:
-        _uploads.popitem(last=False)
-    return table
-
-
 def _log(x: float) -> float:
     return math.log(x) if x > 0 else -math.inf
 
@@ -396,7 +355,7 @@ def _hyper_table(
 ) -> Tensor:
     """Return (groups, 8) fp64 on the device; learning rates that lie there are copied there."""
     rows = tuple(tuple(row) for row in hyper)
-    table = _on_device(
+    table = on_device(
         ("hyper", rows),
         lambda: torch.tensor([[*r, _log(r[2]), _log(r[3])] for r in rows], dtype=torch.float64),
         device,
@@ -478,7 +437,7 @@ def launch_step(
         (*pointers[t], values[t].numel(), first_block[t], groups[t], ids[t], seed or 0)
         for t in range(count)
     )
-    table = _on_device(("table", rows), lambda: torch.tensor(rows, dtype=torch.int64), device)
+    table = on_device(("table", rows), lambda: torch.tensor(rows, dtype=torch.int64), device)
     hyper_table = _hyper_table(hyper, lr, device)
     rates = empty(count * _RATES.value, hyper_table)
     launch(
@@ -492,7 +451,7 @@ def launch_step(
     for kind, members in kinds.items():
         value_dtype, weight_dtype, index_dtype, aligned = kind
         counts = tuple((t, blocks[t]) for t in members)
-        block_tensor = _on_device(("blocks", counts), lambda c=counts: _block_tensor(c), device)
+        block_tensor = on_device(("blocks", counts), lambda c=counts: _block_tensor(c), device)
         launch(
             _step_kernel, used[kind] * OPTIMIZER.block, device, table, block_tensor, rates,
             RULE=rule,

@@ -16,23 +16,31 @@ from sparseft.ops.apply_diff import (
     write_sum,
     write_sum_,
 )
+from sparseft.ops.compose import compose_diffs, pack_diffs
 from sparseft.ops.sampled_grad import sampled_embedding_grad, sampled_weight_grad
 from sparseft.ops.sparse_step import adamw_step_, lion_step_, sgd_step_
+from sparseft.ops.spmm import RowGroups, spmm
+from sparseft.ops.spmm_embedding import embedding_diff
 from sparseft.ops.topk import StreamingTopK, TopK, topk_differences, topk_patterns, topk_single
 
 __all__ = [
+    "RowGroups",
     "StreamingTopK",
     "TopK",
     "adamw_step_",
     "apply_diff_",
     "backend",
+    "compose_diffs",
     "current_backend",
+    "embedding_diff",
     "gather_entries",
     "lion_step_",
+    "pack_diffs",
     "resolve_backend",
     "sampled_embedding_grad",
     "sampled_weight_grad",
     "sgd_step_",
+    "spmm",
     "sum_entries",
     "topk_differences",
     "topk_patterns",

@@ -32,10 +32,15 @@ _ENV = "SPARSEFT_BACKEND"
 _TRITON_OPS = frozenset(
     {
         "adamw_step_",
+        "compose_entries",
+        "compose_entries_grad",
+        "compose_many_",
+        "embedding_diff",
         "gather_entries",
         "lion_step_",
         "sampled_embedding_grad",
         "sampled_weight_grad",
+        "segment_spmm",
         "sgd_step_",
         "sparse_step_",
         "topk_differences",

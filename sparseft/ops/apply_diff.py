@@ -78,7 +78,7 @@ def write_sum_reference_(weight: Tensor, indices: Tensor, base: Tensor, values: 
 @operator("gather_entries(Tensor weight, Tensor indices, str backend='') -> Tensor")
 def _gather_entries(weight: Tensor, indices: Tensor, backend: str = "") -> Tensor:
     if resolve_backend("gather_entries", weight, indices, backend=backend) == "triton":
-        from sparseft_kernels.compose import launch_capture
+        from sparseft_kernels.entries import launch_capture
 
         return launch_capture(weight, indices)
     return gather_entries_reference(weight, indices)
@@ -87,7 +87,7 @@ def _gather_entries(weight: Tensor, indices: Tensor, backend: str = "") -> Tenso
 @operator("write_entries_(Tensor(a!) weight, Tensor indices, Tensor values, str backend='') -> ()")
 def _write_entries_(weight: Tensor, indices: Tensor, values: Tensor, backend: str = "") -> None:
     if resolve_backend("write_entries_", weight, indices, values, backend=backend) == "triton":
-        from sparseft_kernels.compose import launch_restore
+        from sparseft_kernels.entries import launch_restore
 
         return launch_restore(weight, indices, values)
     return write_entries_reference_(weight, indices, values)
@@ -101,7 +101,7 @@ def _write_sum_(
     weight: Tensor, indices: Tensor, base: Tensor, values: Tensor, backend: str = ""
 ) -> None:
     if resolve_backend("write_sum_", weight, indices, base, values, backend=backend) == "triton":
-        from sparseft_kernels.compose import launch_write_sum
+        from sparseft_kernels.entries import launch_write_sum
 
         return launch_write_sum(weight, indices, base, values)
     return write_sum_reference_(weight, indices, base, values)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from sparseft import SparseDiff, SparsePattern
 from sparseft.composition import jaccard
 from sparseft.composition.overlap import Overlap, overlaps
-from sparseft.composition.plan import union_of
+from sparseft.ops.union import union_of
 
 positions = st.lists(st.sets(st.integers(0, 40)), min_size=1, max_size=5)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import pkgutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,15 @@ import torch
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def assert_as_accurate():
+    path = Path(__file__).resolve().parent.parent / "_accuracy.py"
+    spec = importlib.util.spec_from_file_location("_accuracy", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.assert_as_accurate
 
 
 @pytest.fixture

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import pytest
 import torch
@@ -30,15 +28,6 @@ GROUPS = {
     "plain": ((1e-1, 0.1, 0.0, 0.0, 0.0, 0.0), (1e-2, 0.0, 0.0, 0.0, 0.0, 0.0)),
     "lion": ((1e-2, 0.1, 0.9, 0.99, 0.0, 0.0), (3e-3, 0.0, 0.6, 0.95, 0.0, 0.0)),
 }
-
-
-@pytest.fixture(scope="module")
-def assert_as_accurate():
-    path = Path(__file__).resolve().parent.parent / "_accuracy.py"
-    spec = importlib.util.spec_from_file_location("_accuracy", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.assert_as_accurate
 
 
 def bits(x: torch.Tensor) -> torch.Tensor:
@@ -415,21 +404,19 @@ def test_single_tensor_functions_use_the_kernel(device, monkeypatch, assert_as_a
 
 @pytest.mark.parametrize("device", LANES)
 def test_tables_are_uploaded_once_per_set_of_addresses(device, monkeypatch):
-    from sparseft_kernels import sparse_step
+    from sparseft_kernels import _launch
 
-    monkeypatch.setattr(sparse_step, "_uploads", type(sparse_step._uploads)())
-    monkeypatch.setattr(sparse_step, "_KEPT_UPLOADS", 4)
+    monkeypatch.setattr(_launch, "_uploads", type(_launch._uploads)())
+    monkeypatch.setattr(_launch, "_KEPT_UPLOADS", 4)
     s = scene("adamw", device)
     s.step("triton")
-    first = dict(sparse_step._uploads)
+    first = dict(_launch._uploads)
     s.step("triton")
-    assert {k: id(v) for k, v in sparse_step._uploads.items()} == {
-        k: id(v) for k, v in first.items()
-    }
+    assert {k: id(v) for k, v in _launch._uploads.items()} == {k: id(v) for k, v in first.items()}
     kept = s.grads[3]
     s.grads[3] = s.grads[3].clone()
     s.step("triton")
-    new = [key for key in sparse_step._uploads if key not in first]
+    new = [key for key in _launch._uploads if key not in first]
     assert [key[2][0] for key in new] == ["table"]
     assert not kept.isnan().any()
     moved = [kept]  # alive, so that every address is new
@@ -437,4 +424,4 @@ def test_tables_are_uploaded_once_per_set_of_addresses(device, monkeypatch):
         moved.append(kept.clone())
         s.grads[3] = moved[-1]
         s.step("triton")
-    assert len(sparse_step._uploads) <= sparse_step._KEPT_UPLOADS
+    assert len(_launch._uploads) <= _launch._KEPT_UPLOADS
