@@ -90,8 +90,8 @@ def make_card(
         f"# {_cell(base or 'base')} + {' + '.join(map(_cell, names)) or 'nothing'}",
         "",
         f"Sparse adapters put on {_code(base or 'a model in memory')} by sparseft, method "
-        f"{_code(method)} ([paper]({REGISTRY.get(method).reference})): sums in fp32, in an order that does not "
-        "depend on how the adapters were given, rounded once to the base's dtype.",
+        f"{_code(method)} ([paper]({REGISTRY.get(method).reference})): combined in fp32, in an "
+        "order that does not depend on how they were given, rounded once to the base's dtype.",
         "",
         "| adapter | coefficient | content digest |",
         "|---|---:|---|",
