@@ -3,17 +3,47 @@
 from __future__ import annotations
 
 import inspect
+from itertools import permutations
 
 import pytest
 import torch
+from torch import nn
 
-from sparseft import Composer
-from sparseft.composition import Part, Recipe, Rule, Term, methods, register_method
+from sparseft import Adapter, Composer, SparseDiff
+from sparseft.composition import (
+    Part,
+    Recipe,
+    Rule,
+    Term,
+    compose_adapters,
+    methods,
+    register_method,
+)
 from sparseft.composition.registry import REGISTRY
 from sparseft.errors import UnknownNameError
 from sparseft.ops.combine import combine
 
 METHODS = sorted(methods())
+
+# Options under which a method does something to every adapter. A new method needs a line here.
+ACTIVE = {
+    "linear": {},
+    "ties": {"density": 0.5, "vote": "count", "mean": "weights"},
+    "dare_linear": {"density": 0.5, "seed": 3},
+    "dare_ties": {"density": 0.7, "seed": -1, "mean": "none"},
+    "breadcrumbs": {"density": 0.6, "gamma": 0.2},
+    "della": {"density": 0.5, "epsilon": 0.3, "seed": 2**70},
+    "magnitude_max": {},
+    "consensus": {"least": 1, "strength": 0.6},
+}
+CASES = [pytest.param(m, {}, id=m) for m in METHODS] + [
+    pytest.param(m, ACTIVE[m], id=f"{m}-active") for m in METHODS if ACTIVE.get(m)
+]
+COEFFS = {"a": 0.3, "b": -1.1, "c": 1}
+
+
+def test_every_method_is_covered():
+    assert set(ACTIVE) == set(METHODS)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -21,49 +51,24 @@ class TestConformance:
     def test_is_described(self, method):
         entry = methods()[method]
         assert entry.reference.startswith("https://")
-        assert entry.summary
-        hints = inspect.signature(entry.fn).parameters.values()
-        assert all(p.annotation is not p.empty for p in hints)
+        assert entry.summary.endswith(".")
+        parameters = inspect.signature(entry.fn).parameters.values()
+        assert all(p.annotation is not p.empty for p in parameters)
+        assert all(p.kind is p.KEYWORD_ONLY for p in parameters)
+        assert not entry.required  # every method runs as it is
+        documented = inspect.getdoc(entry.fn)
+        assert all(option in documented for option in entry.options)
 
     def test_one_adapter_is_the_identity(self, method, make_model, make_adapter, naive, snapshot):
         model = make_model()
         adapter = make_adapter(model, 0)
         wanted = naive(model, [adapter], [1.0])
-        Composer(model, {"a": adapter}).apply("a", method=method)
-        got = snapshot(model)
-        assert all(torch.equal(got[n], w) for n, w in wanted.items())
-
-    def test_coefficient_zero_is_the_base(self, method, make_model, make_adapter, snapshot, same):
-        model = make_model()
-        base = snapshot(model)
-        adapters = {n: make_adapter(model, i) for i, n in enumerate("abc")}
-        Composer(model, adapters).apply(dict.fromkeys("abc", 0), method=method)
-        assert same(snapshot(model), base)
-
-    def test_a_zero_coefficient_is_as_if_absent(
-        self, method, make_model, make_adapter, snapshot, same
-    ):
-        model = make_model()
-        adapters = {n: make_adapter(model, i) for i, n in enumerate("abc")}
-        composer = Composer(model, adapters)
-        composer.switch({"a": 0.5, "b": -1}, method=method)
-        wanted = snapshot(model)
-        composer.switch({"a": 0.5, "b": -1, "c": 0}, method=method)
-        assert same(snapshot(model), wanted)
-
-    def test_permutations_give_the_same_bits(
-        self, method, make_model, make_adapter, snapshot, same
-    ):
-        model = make_model()
-        adapters = {n: make_adapter(model, i, name="x", scale=3.0) for i, n in enumerate("abc")}
-        results = []
-        for names in ("abc", "bca", "cba"):
-            composer = Composer(model, {n: adapters[n] for n in names})
-            composer.apply({n: {"a": 0.3, "b": -1.1, "c": 1}[n] for n in names}, method=method)
-            results.append(snapshot(model))
-            composer.revert()
-        assert same(results[0], results[1])
-        assert same(results[0], results[2])
+        composer = Composer(model, {"a": adapter})
+        options = methods()[method].options
+        for chosen in ({}, {"density": 1}, {"density": 1.0, "seed": 7}):
+            composer.switch("a", method=method, **{k: v for k, v in chosen.items() if k in options})
+            got = snapshot(model)
+            assert all(torch.equal(got[n], w) for n, w in wanted.items())
 
     def test_inputs_are_not_changed(self, method):
         recipe = methods()[method].fn()
@@ -85,8 +90,6 @@ class TestConformance:
 
     @pytest.mark.parametrize("shape", [(), (1,), (0,), (3, 1, 2)], ids=str)
     def test_any_shape(self, method, shape):
-        from sparseft import Adapter, SparseDiff
-
         module = torch.nn.Module()
         module.w = torch.nn.Parameter(torch.zeros(shape))
         mask = torch.ones(shape, dtype=torch.bool)
@@ -96,6 +99,134 @@ class TestConformance:
         assert torch.equal(module.w, torch.full(shape, 2.0))
         composer.revert()
         assert torch.equal(module.w, torch.zeros(shape))
+
+
+@pytest.mark.parametrize(("method", "options"), CASES)
+class TestProperties:
+    def test_coefficient_zero_is_the_base(
+        self, method, options, make_model, make_adapter, snapshot, same
+    ):
+        model = make_model()
+        base = snapshot(model)
+        adapters = {n: make_adapter(model, i) for i, n in enumerate("abc")}
+        Composer(model, adapters).apply(dict.fromkeys("abc", 0), method=method, **options)
+        assert same(snapshot(model), base)
+
+    def test_a_zero_coefficient_is_as_if_absent(
+        self, method, options, make_model, make_adapter, snapshot, same
+    ):
+        model = make_model()
+        adapters = {n: make_adapter(model, i) for i, n in enumerate("abc")}
+        composer = Composer(model, adapters)
+        for others in ({"a": 0.5, "b": -1}, {"b": 1}):
+            composer.switch(others, method=method, **options)
+            wanted = snapshot(model)
+            composer.switch({**others, "c": 0}, method=method, **options)
+            assert same(snapshot(model), wanted)
+
+    def test_permutations_give_the_same_bits(
+        self, method, options, make_model, make_adapter, snapshot, same
+    ):
+        model = make_model()
+        adapters = {n: make_adapter(model, i, name="x", scale=3.0) for i, n in enumerate("abc")}
+        results = []
+        for names in permutations("abc"):
+            composer = Composer(model, {n: adapters[n] for n in names})
+            composer.apply({n: COEFFS[n] for n in names}, method=method, **options)
+            results.append(snapshot(model))
+            composer.revert()
+        assert all(same(results[0], other) for other in results[1:])
+
+    def test_undo_is_exact(self, method, options, make_model, make_adapter, snapshot, same):
+        model = make_model(torch.bfloat16)
+        base = snapshot(model)
+        composer = Composer(model, {n: make_adapter(model, i) for i, n in enumerate("abc")})
+        composer.apply(COEFFS, method=method, **options)
+        assert not same(snapshot(model), base)
+        composer.switch({"b": 2, "c": 1}, method=method, **options)
+        composer.revert()
+        assert same(snapshot(model), base)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+    def test_the_merged_adapter_gives_what_the_composer_gives(
+        self, method, options, dtype, make_model, make_adapter, snapshot, same
+    ):
+        model = make_model(dtype)
+        adapters = {n: make_adapter(model, i, dtype=dtype) for i, n in enumerate("abc")}
+        composer = Composer(model, adapters)
+        composer.apply(COEFFS, method=method, **options)
+        wanted = snapshot(model)
+        composer.revert()
+        merged = compose_adapters(adapters, COEFFS, method=method, **options)
+        assert all(d.values.dtype == torch.float32 for d in merged.diffs.values())
+        Composer(model, {"merged": merged}).apply("merged")
+        assert same(snapshot(model), wanted)
+
+    def test_what_is_drawn_for_one_adapter_does_not_depend_on_others(
+        self, method, options, make_model, make_adapter
+    ):
+        model = make_model()
+        ours = make_adapter(model, 0, names=("body.0.weight", "body.2.weight"), density=0.9)
+        other = make_adapter(model, 1, names=("embed.weight", "body.1.weight"))
+        options = {**options, "least": 1} if method == "consensus" else options
+        alone = compose_adapters([ours], method=method, **options)
+        for adapters in ([ours, other], [other, ours], {"z": ours, "y": other}):
+            beside = compose_adapters(adapters, method=method, **options)
+            assert all(beside[name].equals(alone[name]) for name in ours.diffs)
+
+    def test_names_and_places_change_nothing(
+        self, method, options, make_model, make_adapter, snapshot, same
+    ):
+        """Another name in the composer, a wrapped model, strided weights."""
+        model = make_model()
+        adapters = [make_adapter(model, i) for i in range(2)]
+        Composer(model, dict(zip("ab", adapters, strict=True))).apply(
+            ["a", "b"], method=method, **options
+        )
+        wanted = snapshot(model)
+
+        wrapped = nn.Module()
+        wrapped.base_model_prefix = "inner"
+        wrapped.inner = make_model()
+        weight = wrapped.inner.body[0].weight
+        weight.data = weight.data.t().contiguous().t()
+        composer = Composer(wrapped, dict(zip("yx", adapters, strict=True)))
+        composer.apply(["x", "y"], method=method, **options)
+        assert same(snapshot(wrapped.inner), wanted)
+
+    def test_replaced_entries_are_left_alone(
+        self, method, options, make_model, make_adapter, snapshot, same
+    ):
+        model = make_model()
+        composer = Composer(model, {"a": make_adapter(model, 0, mode="set")})
+        composer.apply("a")
+        wanted = snapshot(model)
+        composer.switch("a", method=method, **options)
+        assert same(snapshot(model), wanted)
+
+    def test_the_record_repeats_the_result(
+        self, method, options, make_model, make_adapter, tmp_path
+    ):
+        model = make_model()
+        adapters = [make_adapter(model, i) for i in range(3)]
+        first = compose_adapters(adapters, [1, 0.5, -2], method=method, **options)
+        first.save(tmp_path / "merged")
+        record = Adapter.load(tmp_path / "merged").metadata.extra["composition"]
+        assert record["method"] == method
+        assert record["options"] == {**methods()[method].options, **options}
+        again = compose_adapters(
+            {part["name"]: adapters[int(part["name"][1:])] for part in record["adapters"]},
+            {part["name"]: part["coeff"] for part in record["adapters"]},
+            method=record["method"],
+            **record["options"],
+        )
+        assert again.equals(first)
+
+    def test_double_values_stay_double(self, method, options, make_model, make_adapter):
+        model = make_model(torch.float64)
+        adapters = [make_adapter(model, i, dtype=torch.float64) for i in range(2)]
+        merged = compose_adapters(adapters, method=method, **options)
+        assert all(d.values.dtype == torch.float64 for d in merged.diffs.values())
 
 
 def test_a_plugged_in_method_is_found(make_model, make_adapter):
