@@ -20,7 +20,7 @@ def compose_dare_linear(*, density: float = 1.0, seed: int = 0) -> Recipe:
 
     Args:
         density: probability with which an entry of an adapter stays, in (0, 1]. The default drops
-            nothing, which is `linear`; the paper drops half to nine tenths and more.
+            nothing, which is `linear`; the paper drops 90 % of dense task vectors, and more.
         seed: any integer. An entry's fate follows from (seed, content of its adapter, name of its
             tensor, flat index) and from nothing else: not from other adapters, the order of calls,
             device, memory layout or any generator's state. Adapters of equal content lose the same

@@ -40,8 +40,8 @@ def compose_della(
             ``density - epsilon``, the largest with ``density + epsilon``, evenly by rank. Both must
             lie in (0, 1] unless density is 1. The default is half of the window of 0.14 in the
             authors' example; 0 is `dare_ties` but for the numbers drawn.
-        ranks: entries are ranked among those of the adapter in the same "row" (first dimension; the
-            authors' and mergekit's way for matrices) or in the whole "tensor".
+        ranks: entries are ranked among those of the adapter in the same "row" (first dimension; what
+            the paper found better, and mergekit's way for matrices) or in the whole "tensor".
         seed: as in `dare_linear`.
         vote, mean: as in `ties`; mergekit's normalised default is ``mean="weights"``.
 

@@ -35,7 +35,7 @@ def compose_ties(*, density: float = 1.0, vote: Vote = "sum", mean: Mean = "coun
         magnitudes; there the signed weights are added, so that one model with weight -1 is merged
         as with 1, and weights 1 and -0.9 divide by 0.1. Sums are kept in fp32 and rounded once;
         there differences, products and quotients are each rounded to the weights' dtype, so that in
-        bf16 one model with weight 1 does not come back in 0.3 % of its entries.
+        bf16 one model with weight 1 does not come back in every entry.
 
     Raises:
         OptionError: an option out of range.
