@@ -16,7 +16,7 @@ from sparseft.adapter import Adapter, AdapterMetadata
 from sparseft.composition.fit import check_choice
 from sparseft.composition.pairs import Pair, Side, open_side, pair_up
 from sparseft.diff import Mode, SparseDiff, SparsePattern, index_dtype_for
-from sparseft.errors import CompositionError, DiffError
+from sparseft.errors import CompositionError
 from sparseft.fingerprint import Fingerprint, TensorFingerprint, fingerprint_tensor
 from sparseft.io.model_folder import shown_name
 from sparseft.modules import match_patterns
@@ -206,5 +206,8 @@ def _head(after: Side, name: str) -> Tensor:
     tensor = after.files.read(after.parameters[name][0])
     fault = find_value_fault(tensor)
     if fault is not None:
-        raise DiffError(f"{name!r} of the tuned checkpoint is {fault}.")
+        raise CompositionError(
+            f"{name!r}, which only the tuned checkpoint has, is {fault}; an adapter holds finite "
+            f"values. exclude={name!r} leaves it out."
+        )
     return tensor

@@ -7,14 +7,20 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
+from transformers import AutoModelForSequenceClassification
 
-from sparseft import Adapter, SparseDiff
+from sparseft import Adapter, Composer, SparseDiff, compose_adapters
+from sparseft._registry import Registered
 from sparseft.adapter import AdapterMetadata
+from sparseft.cli._options import parse_options
 from sparseft.cli.main import BAD_INPUT, OK, main
+from sparseft.errors import CompositionError
 from sparseft.modules import fingerprint_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -116,9 +122,13 @@ def test_merged_adapter(adapters, tmp_path, capsys):
         (["--coeff", "1"], "--coeff has 1 numbers for 2 adapters"),
         (["--coeff", "1", "nan"], "coefficient of 'nli' is nan"),
         (["--coeff", "1", "x"], "invalid float value"),
-        (["--method", "liner"], "no composition method 'liner'. Did you mean 'linear'?"),
+        (["--method", "liner"], "no composition method 'liner'. Did you mean 'linear'"),
         (["--architecture", "AutoModel"], "--architecture needs --base"),
         (["--base", "./nothing"], "no folder ./nothing"),
+        (["--option", "density"], "--option 'density' is no KEY=VALUE"),
+        (["--option", "density=0.2"], "'linear' has no option 'density'; it has none"),
+        (["--method", "ties", "--option", "density=x"], "'ties' wants a number there"),
+        (["--method", "ties", "--option", "densty=1"], "Did you mean 'density'?"),
     ],
 )
 def test_bad_input(adapters, tmp_path, capsys, extra, message):
@@ -127,6 +137,67 @@ def test_bad_input(adapters, tmp_path, capsys, extra, message):
     assert main([*words, *extra]) == BAD_INPUT
     assert message in capsys.readouterr().err
     assert not out.exists()
+
+
+@pytest.mark.parametrize("base_given", [True, False])
+def test_options_reach_the_method(base, adapters, tmp_path, base_given, capsys):
+    words = ["compose", "--adapter", str(adapters / "sw"), str(adapters / "nli"),
+             "--method", "ties", "--option", "density=0.5"]  # fmt: skip
+    parts = {"sw": Adapter.load(adapters / "sw"), "nli": Adapter.load(adapters / "nli")}
+    out = tmp_path / ("merged" if base_given else "merged.safetensors")
+    if not base_given:
+        assert main([*words, "--out", str(out)]) == OK
+        wanted = compose_adapters(list(parts.values()), method="ties", density=0.5)
+        assert Adapter.load(out).equals(wanted)
+        assert not wanted.equals(compose_adapters(list(parts.values()), method="ties", density=1.0))
+        return
+    assert main([*words, "--out", str(out), "--base", str(base)]) == OK
+    assert "(ties density=0.5)" in capsys.readouterr().out
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=3)
+    Composer(model, parts).apply(["sw", "nli"], method="ties", density=0.5)
+    assert torch.equal(weight(out, OUTPUT), dict(model.named_parameters())[OUTPUT])
+    recipe = json.loads((out / "sparseft_composition.json").read_text())
+    assert (recipe["method"], recipe["options"]) == ("ties", {"density": 0.5})
+    assert "| density | `0.5` |" in (out / "README.md").read_text()
+
+
+def test_methods_are_listed(capsys):
+    assert main(["compose", "--help-methods"]) == OK
+    out = capsys.readouterr().out
+    for text in ("linear\n", "ties\n", "density: a number", "options: none", "https://arxiv.org"):
+        assert text in out
+
+
+def probe(
+    *, a: float, b: int = 3, c: bool = True, d: Literal["x", "y"] = "x", e: int | None = None,
+    f: Sequence[float] = (), g: str = "",
+):  # fmt: skip
+    """Take every kind of option."""
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        (["a=0.5", "b=4"], {"a": 0.5, "b": 4}),
+        (["c=no", "d=y"], {"c": False, "d": "y"}),
+        (["e=none", "f=1,2.5"], {"e": None, "f": [1.0, 2.5]}),
+        (["e=7", "g=a=b"], {"e": 7, "g": "a=b"}),
+        (["un-known=1"], {"un_known": "1"}),
+        (["b=1.5"], "'probe' wants an integer"),
+        (["c=maybe"], "wants true or false"),
+        (["d=z"], "wants x or y"),
+        (["e=x"], "wants an integer or none"),
+        (["f=1,x"], "wants a number, comma-separated"),
+        (["a=1", "a=2"], "given twice"),
+    ],
+)
+def test_options_have_the_types_of_the_signature(words, wanted):
+    entry = Registered("probe", probe, "https://", {})
+    if isinstance(wanted, dict):
+        assert parse_options(words, entry) == wanted
+        return
+    with pytest.raises(CompositionError, match=wanted):
+        parse_options(words, entry)
 
 
 _TWICE = """

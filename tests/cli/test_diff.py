@@ -1,0 +1,85 @@
+"""``sparseft diff``, and its way back through ``sparseft compose``."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sparseft import Adapter
+from sparseft.cli.main import BAD_INPUT, OK, main
+
+
+@pytest.fixture(scope="module")
+def folders(tiny, tmp_path_factory):
+    work = tmp_path_factory.mktemp("models")
+    return tiny.save_tiny(work / "base"), tiny.save_tiny(work / "tuned", num_labels=3, seed=1)
+
+
+def test_there_and_back(folders, tmp_path):
+    """As a user types it, from another directory."""
+    base, tuned = folders
+
+    def sparseft(*words):
+        done = subprocess.run(
+            [sys.executable, "-m", "sparseft", *words],
+            capture_output=True, text=True, cwd=tmp_path, timeout=300,
+        )  # fmt: skip
+        assert done.returncode == OK, done.stderr
+        return done.stdout
+
+    out = sparseft("diff", str(base), str(tuned), "--all", "--mode", "set", "--out", "change")
+    adapter = Adapter.load(tmp_path / "change")
+    assert f"{adapter.nnz:,} entries in {len(adapter)} tensors, 4 kept whole (classifier" in out
+    sparseft("compose", "--base", str(base), "--adapter", "change", "--out", "again")
+    wanted = load_file(tuned / "model.safetensors")
+    got = load_file(tmp_path / "again" / "model.safetensors")
+    assert set(got) == set(wanted)
+    assert all(torch.equal(got[n], t) for n, t in wanted.items())
+
+
+def test_options(folders, tmp_path, capsys):
+    base, tuned = folders
+    words = ["diff", str(base), str(tuned), "--out", str(tmp_path / "a.safetensors")]
+    more = ["--nnz", "50", "--exclude", "*embeddings*", "--new", "skip", "--name", "sw"]
+    assert main([*words, *more]) == OK
+    adapter = Adapter.load(tmp_path / "a.safetensors")
+    assert (adapter.nnz, adapter.name, len(adapter.dense)) == (50, "sw", 0)
+    assert not [n for n in adapter if "embeddings" in n]
+    assert main([*words, "--all"]) == BAD_INPUT
+    assert "exists already; add --overwrite" in capsys.readouterr().err
+    assert main([*words, "--density", "0.01", "--overwrite"]) == OK
+    assert Adapter.load(tmp_path / "a.safetensors").metadata.density == 0.01
+
+
+def test_nothing_changed(folders, tmp_path, capsys):
+    base, _ = folders
+    assert main(["diff", str(base), str(base), "--all", "--out", str(tmp_path / "a")]) == OK
+    assert "hold the same weights" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "one of the arguments --all --density --nnz is required"),
+        (["--all", "--nnz", "3"], "not allowed with argument"),
+        (["--density", "2"], "density is 2.0, wanted a fraction"),
+        (["--all", "--exclude", "nothing"], "matches none"),
+        (["--all", "--new", "error"], "new='dense' takes such tensors whole"),
+    ],
+)
+def test_bad_input(folders, tmp_path, capsys, words, message):
+    out = tmp_path / "out"
+    assert main(["diff", *map(str, folders), "--out", str(out), *words]) == BAD_INPUT
+    assert message in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_help_teaches(capsys):
+    assert main(["diff", "--help"]) == 0
+    out = capsys.readouterr().out
+    for word in ("examples:", "what comes out", "--all --mode set"):
+        assert word in out
