@@ -39,9 +39,9 @@ def compose_della(
         epsilon: half the width of the window of probabilities: the smallest entry stays with
             ``density - epsilon``, the largest with ``density + epsilon``, evenly by rank. Both must
             lie in (0, 1] unless density is 1. The default is half of the window of 0.14 in the
-            authors' example; 0 is `dare_ties` but for the numbers drawn.
-        ranks: entries are ranked among those of the adapter in the same "row" (first dimension; what
-            the paper found better, and mergekit's way for matrices) or in the whole "tensor".
+            authors' example; 0 makes it `dare_ties`.
+        ranks: entries are ranked among those of the adapter in the same "row" (first dimension; the
+            paper's better choice, and mergekit's way for matrices) or in the whole "tensor".
         seed: as in `dare_linear`.
         vote, mean: as in `ties`; mergekit's normalised default is ``mean="weights"``.
 
