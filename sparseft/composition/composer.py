@@ -15,7 +15,7 @@ from sparseft.adapter import Adapter
 from sparseft.composition.coefficients import Coeffs, Which, as_coeffs
 from sparseft.composition.fit import Dense, Fit, Fitter, Loaded, Missing
 from sparseft.composition.placement import Composition, Placement
-from sparseft.composition.plan import TensorPlan, plan_tensor, prepared
+from sparseft.composition.plan import TensorPlan, UnionPlan, plan_tensor, prepared
 from sparseft.composition.registry import Recipe, recipe_of
 from sparseft.errors import CompositionError, StackOrderError
 
@@ -82,7 +82,7 @@ class Composer:
         self._fitter = Fitter(model, missing=missing, dense=dense, check_base=check_base)
         self._loaded: dict[str, Loaded] = {}
         self._fits: dict[str, Fit] = {}
-        self._plans: OrderedDict[tuple[tuple[str, str], ...], dict[str, TensorPlan]] = OrderedDict()
+        self._plans: OrderedDict[tuple[tuple[str, str], ...], UnionPlan] = OrderedDict()
         self._plan_cache = max(1, plan_cache)
         self._placement = Placement()
         self._frames: list[object] = []
@@ -315,9 +315,7 @@ class Composer:
             options=dict(options),
         )
 
-    def _plan(
-        self, chosen: list[Loaded], recipe: Recipe, method: tuple[str, str]
-    ) -> dict[str, TensorPlan]:
+    def _plan(self, chosen: list[Loaded], recipe: Recipe, method: tuple[str, str]) -> UnionPlan:
         """Return the union of a set of adapters, from the cache if it is there and still fits."""
         how = () if recipe.prepare is None else (method,)
         key = (*how, *((loaded.name, loaded.digest) for loaded in chosen))
@@ -328,7 +326,7 @@ class Composer:
             for ordinal, loaded in enumerate(chosen):
                 for name, own in self._fits[loaded.name].diffs.items():
                     touched.setdefault(name, []).append((ordinal, own))
-            plans = {}
+            built = {}
             for name in sorted(touched):
                 parameter = index.get(name)
                 diffs = [
@@ -338,9 +336,10 @@ class Composer:
                     )
                     for i, own in touched[name]
                 ]
-                plans[name] = plan_tensor(
+                built[name] = plan_tensor(
                     name, diffs, dtype=parameter.dtype, device=parameter.device
                 )
+            plans = UnionPlan(built, len(chosen))
         self._plans[key] = plans
         self._plans.move_to_end(key)
         while len(self._plans) > self._plan_cache:

@@ -12,20 +12,22 @@ import functools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from sparseft._integrity import bits_equal
-from sparseft.composition.plan import TensorPlan
+from sparseft.composition.plan import UnionPlan
 from sparseft.composition.registry import Combine, Recipe, Rule
 from sparseft.composition.witness import Witness
+from sparseft.composition.writer import Writer, put_back, slots, writers_for
 from sparseft.errors import CompositionError, StackOrderError
 from sparseft.modules import Holder
 from sparseft.modules.storage_stack import holders, pop, push, require_top
-from sparseft.ops import gather_entries, sum_entries, write_entries_, write_sum_
+from sparseft.ops import gather_entries
 
-__all__ = ["Composition", "Placement"]
+__all__ = ["Composition", "Moved", "Placement"]
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Composition:
     label: str = "Composer"
     order: Sequence[str] = ()
     digests: Sequence[str] = ()
-    plans: Mapping[str, TensorPlan] = field(default_factory=dict)
+    plans: UnionPlan = field(default_factory=lambda: UnionPlan({}, 0))
     dense: Mapping[str, tuple[int, Tensor]] = field(default_factory=dict)
     recipe: Recipe = Recipe()
     method_name: str = "linear"
@@ -66,14 +68,28 @@ class Composition:
         return tuple(self.digests[i] for i in sorted(ordinals) if coeffs[i])
 
 
+class Moved(NamedTuple):
+    """What a change of the composition did to the model.
+
+    Args:
+        restored: entries whose saved bits were put back (0 where entries were only re-weighted).
+        written: entries written anew, those of dense tensors included.
+        reweighted: whether the same union was written over what was saved before.
+    """
+
+    restored: int
+    written: int
+    reweighted: bool
+
+
 @dataclass
 class _Place:
-    """One changed parameter."""
+    """One changed parameter; ``writer`` is None where it was replaced whole."""
 
     parameter: nn.Parameter
     holder: Holder
-    plan: TensorPlan | None  # None: replaced whole
-    written: Witness | None = None  # None: not yet
+    writer: Writer | None
+    written: Witness | None = None  # of a parameter that was replaced whole
 
 
 @contextmanager
@@ -94,6 +110,7 @@ class Placement:
     def __init__(self) -> None:
         self.composition = Composition()
         self._places: dict[str, _Place] = {}
+        self._writers: list[Writer] = []
 
     @property
     def names(self) -> list[str]:
@@ -115,7 +132,6 @@ class Placement:
             StackOrderError: somebody did; the message names them if they are on the stack.
             CompositionError: the model was cast meanwhile, so the saved bits do not fit it.
         """
-        based = set()
         for name, place in self._places.items():
             require_top(place.parameter, place.holder, name=name, action=action)
             now, then = place.parameter.dtype, place.holder.saved.dtype
@@ -124,8 +140,15 @@ class Placement:
                     f"cannot {action} {name!r}: it was {then} when {place.holder.label} was "
                     f"applied and is {now} now. Cast the model back, or revert before casting."
                 )
-            if place.written is None or place.written.agrees(place.parameter):
-                continue
+        changed = [name for writer in self._writers for name in writer.changed()]
+        changed += [
+            name
+            for name, place in self._places.items()
+            if place.written is not None and not place.written.agrees(place.parameter)
+        ]
+        based = set()
+        for name in changed:
+            place = self._places[name]
             if not leaving or not _holds_saved(place):
                 raise StackOrderError(
                     f"cannot {action} {name!r}: its values were changed (an optimizer step, "
@@ -156,7 +179,7 @@ class Placement:
             for name, place in held.items():
                 undo.append(functools.partial(_hold_again, place))
                 pop(place.parameter, place.holder, name=name)
-            self._places, self.composition = {}, Composition()
+            self._places, self._writers, self.composition = {}, [], Composition()
 
     @torch.no_grad()
     def replace(
@@ -164,7 +187,7 @@ class Placement:
         target: Composition,
         parameters: Mapping[str, nn.Parameter],
         based: Collection[str] = (),
-    ) -> None:
+    ) -> Moved:
         """Take off what lies on the model and put ``target`` on; call `require_top` first.
 
         Args:
@@ -175,81 +198,130 @@ class Placement:
         Any exception leaves the model, the stacks and this object as they were.
         """
         before = self.composition
-        keep = {
-            name
-            for name, place in self._places.items()
-            if place.plan is not None
-            and (plan := target.plans.get(name)) is not None
-            and plan.indices is place.plan.indices
-            and plan.indices.device == place.parameter.device
-        }
         with _journal() as undo:
-            for name in [n for n in self._places if n not in keep]:
-                self._take_off(name, before, undo, based=name in based)
-            for name, plan in target.plans.items():
-                if name in keep:
-                    self._reweight(name, plan, before, target, undo)
-                else:
-                    self._put_on(name, parameters[name], plan, target, undo)
+            if self._can_reweight(target, parameters):
+                whole = [n for n, p in self._places.items() if p.writer is None]
+                restored = self._take_off(whole, [], before, undo, based)
+                for writer in self._writers:
+                    self._reweight(writer, before, target, undo)
+                written = before.plans.entries
+                reweighted = True
+            else:
+                restored = self._take_off(list(self._places), self._writers, before, undo, based)
+                written = self._put_on(target, parameters, undo)
+                reweighted = False
             for name, (ordinal, tensor) in target.dense.items():
-                self._put_dense(name, parameters[name], ordinal, tensor, target, undo)
+                written += self._put_dense(name, parameters[name], ordinal, tensor, target, undo)
             self.composition = target
+        return Moved(restored, written, reweighted)
 
-    def _write(self, place: _Place, plan: TensorPlan, composition: Composition) -> None:
-        """Write a composition's entries over the saved ones."""
-        weight = place.parameter
-        indices = plan.indices.to(weight.device)
-        saved = place.holder.saved.to(weight.device)
-        base, total = plan.total(saved, composition.ordered_coeffs(), composition.rule())
-        if total is None:
-            write_entries_(weight, indices, base.to(weight.dtype))
-            place.written = Witness.of(weight, indices)
-            return
-        written = total
-        if weight.dtype == torch.float16:  # the one dtype with a range much below the sum's
-            written = sum_entries(base, total, weight.dtype)
-            written = written.where(torch.isfinite(base), 0)
-        if not bool(torch.isfinite(written).all()):
-            raise CompositionError(
-                f"the sum of the diffs of {plan.name!r} overflows {written.dtype} with "
-                f"coefficients {dict(composition.coeffs)}; nothing was applied. Use smaller ones."
+    def _can_reweight(self, target: Composition, parameters: Mapping[str, nn.Parameter]) -> bool:
+        """Whether the same entries are to be written, so that what is saved can stay."""
+        now = self.composition
+        return (
+            bool(self._writers)
+            and target.plans is now.plans
+            and isinstance(target.recipe.rule, Rule) == isinstance(now.recipe.rule, Rule)
+            and all(
+                parameter is parameters[name]
+                for writer in self._writers
+                for name, parameter in zip(writer.names, writer.parameters, strict=True)
             )
-        write_sum_(weight, indices, base, total)
-        place.written = Witness.of(weight, indices)
+        )
 
     def _take_off(
-        self, name: str, before: Composition, undo: list[Callable[[], None]], *, based: bool
-    ) -> None:
-        place = self._places[name]
-        plan = place.plan
-        dense_now = place.parameter.detach().clone() if plan is None else None
+        self,
+        names: Sequence[str],
+        writers: Sequence[Writer],
+        before: Composition,
+        undo: list[Callable[[], None]],
+        based: Collection[str],
+    ) -> int:
+        """Put saved bits back and leave the stacks; return how many entries that were."""
+        kept_writers = [w for w in self._writers if w not in writers]
+        places = {name: self._places[name] for name in names}
+        whole = {n: p.parameter.detach().clone() for n, p in places.items() if p.writer is None}
+        old_places, old_writers = dict(self._places), list(self._writers)
 
-        def put_back() -> None:
-            self._places[name] = place
-            _hold_again(place)
-            if dense_now is not None:
-                place.parameter.detach().copy_(dense_now)
-            if plan is not None and not based:
-                self._write(place, plan, before)
+        def again() -> None:
+            self._places, self._writers = old_places, old_writers
+            for name, place in places.items():
+                _hold_again(place)
+                if name in whole:
+                    place.parameter.detach().copy_(whole[name])
+            for writer in writers:
+                if not all(name in based for name in writer.names):
+                    writer.write(before)
+            for name in based:  # these held the base, not what was written
+                holder = places[name].holder
+                if holder.indices is not None:
+                    put_back(places[name].parameter, holder.indices, holder.saved)
 
-        undo.append(put_back)
-        _restore(place)
-        pop(place.parameter, place.holder, name=name)
-        del self._places[name]
+        undo.append(again)
+        for writer in writers:
+            writer.restore()
+        for name in whole:
+            places[name].parameter.detach().copy_(places[name].holder.saved)
+        for name, place in places.items():
+            pop(place.parameter, place.holder, name=name)
+        self._places = {n: p for n, p in self._places.items() if n not in places}
+        self._writers = kept_writers
+        return sum(place.holder.saved.numel() for place in places.values())
 
     def _put_on(
         self,
-        name: str,
-        parameter: nn.Parameter,
-        plan: TensorPlan,
+        target: Composition,
+        parameters: Mapping[str, nn.Parameter],
+        undo: list[Callable[[], None]],
+    ) -> int:
+        if not target.plans:
+            return 0
+        writers = writers_for(target.plans, parameters, target.recipe.rule)
+        for writer in writers:
+            held: list[str] = []
+
+            def let_go(writer: Writer = writer, held: list[str] = held) -> None:
+                writer.restore()
+                for name in held:
+                    place = self._places.pop(name, None)
+                    if place is not None and _is_held(place):
+                        pop(place.parameter, place.holder, name=name)
+                self._writers = [w for w in self._writers if w is not writer]
+
+            undo.append(let_go)
+            for name, parameter, indices, saved in slots([writer]):
+                shares = [s.ordinal for s in target.plans[name].shares]
+                place = _Place(
+                    parameter, Holder(target.label, indices, saved, target.parents(shares)), writer
+                )
+                held.append(name)
+                self._places[name] = place
+                push(parameter, place.holder)
+            self._writers.append(writer)
+            writer.write(target)
+        return target.plans.entries
+
+    def _reweight(
+        self,
+        writer: Writer,
+        before: Composition,
         target: Composition,
         undo: list[Callable[[], None]],
     ) -> None:
-        saved = gather_entries(parameter.detach(), plan.indices.to(parameter.device))
-        parents = target.parents([s.ordinal for s in plan.shares])
-        place = _Place(parameter, Holder(target.label, plan.indices, saved, parents), plan)
-        self._hold(name, place, undo)
-        self._write(place, plan, target)
+        """Write new sums over the same saved entries: nothing is captured or restored."""
+        holders_ = {name: self._places[name].holder for name in writer.names}
+        old = {name: (holder.label, holder.parents) for name, holder in holders_.items()}
+
+        def put_back() -> None:
+            for name, holder in holders_.items():
+                holder.label, holder.parents = old[name]
+            writer.write(before)
+
+        undo.append(put_back)
+        for name, holder in holders_.items():
+            holder.label = target.label
+            holder.parents = target.parents([s.ordinal for s in target.plans[name].shares])
+        writer.write(target)
 
     def _put_dense(
         self,
@@ -259,46 +331,24 @@ class Placement:
         tensor: Tensor,
         target: Composition,
         undo: list[Callable[[], None]],
-    ) -> None:
+    ) -> int:
         saved = parameter.detach().clone()
-        holder = Holder(target.label, None, saved, target.parents([ordinal]))
-        place = _Place(parameter, holder, None)
-        self._hold(name, place, undo)
-        parameter.detach().copy_(tensor)
-        place.written = Witness.of(parameter, None)
+        place = _Place(
+            parameter, Holder(target.label, None, saved, target.parents([ordinal])), None
+        )
 
-    def _hold(self, name: str, place: _Place, undo: list[Callable[[], None]]) -> None:
         def let_go() -> None:
             self._places.pop(name, None)
             if _is_held(place):
-                _restore(place)
-                pop(place.parameter, place.holder, name=name)
+                parameter.detach().copy_(saved)
+                pop(parameter, place.holder, name=name)
 
         undo.append(let_go)
-        push(place.parameter, place.holder)
+        push(parameter, place.holder)
         self._places[name] = place
-
-    def _reweight(
-        self,
-        name: str,
-        plan: TensorPlan,
-        before: Composition,
-        target: Composition,
-        undo: list[Callable[[], None]],
-    ) -> None:
-        """Write new sums over the same saved entries: nothing is captured or restored."""
-        place = self._places[name]
-        old_plan, holder = before.plans[name], place.holder
-        label, parents = holder.label, holder.parents
-
-        def put_back() -> None:
-            place.plan, holder.label, holder.parents = old_plan, label, parents
-            self._write(place, old_plan, before)
-
-        undo.append(put_back)
-        place.plan, holder.label = plan, target.label
-        holder.parents = target.parents([s.ordinal for s in plan.shares])
-        self._write(place, plan, target)
+        parameter.detach().copy_(tensor)
+        place.written = Witness.of(parameter, None)
+        return saved.numel()
 
 
 def _is_held(place: _Place) -> bool:
@@ -316,13 +366,3 @@ def _holds_saved(place: _Place) -> bool:
     if holder.indices is not None:
         weight = gather_entries(weight, holder.indices.to(weight.device))
     return bits_equal(weight, holder.saved.to(weight.device))
-
-
-def _restore(place: _Place) -> None:
-    """Write the saved bits back."""
-    weight, holder = place.parameter.detach(), place.holder
-    saved = holder.saved.to(weight.device)
-    if holder.indices is None:
-        weight.copy_(saved)
-    else:
-        write_entries_(weight, holder.indices.to(weight.device), saved)

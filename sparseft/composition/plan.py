@@ -1,10 +1,8 @@
-"""The union of the entries of a set of adapters, tensor by tensor: made once per set, re-weighted
-freely.
-"""
+"""The union of the entries of a set of adapters: made once per set, re-weighted freely."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -16,9 +14,10 @@ from sparseft.diff import Mode, SparseDiff
 from sparseft.errors import CompositionError
 from sparseft.ops._common import accumulation_dtype, bits
 from sparseft.ops.combine import combine
+from sparseft.ops.packed import PackedTerm, PackedUnion
 from sparseft.ops.union import union_of
 
-__all__ = ["Share", "TensorPlan", "plan_tensor", "prepared"]
+__all__ = ["Share", "TensorPlan", "UnionPlan", "plan_tensor", "prepared"]
 
 
 @dataclass(frozen=True)
@@ -75,37 +74,89 @@ class TensorPlan:
                     "coefficient 0."
                 )
 
-    def total(
-        self,
-        base: Tensor,
-        coeffs: Sequence[float],
-        rule: Rule | Combine,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return what to add up: (base entries with "set" entries put in, sum of the rest or None).
+    def base(self, saved: Tensor, coeffs: Sequence[float]) -> Tensor:
+        """Return what the rest is added to: the saved entries with "set" entries put in.
 
         Args:
-            base: (size,) entries of the weight beneath; not changed.
+            saved: (size,) entries of the weight beneath; not changed.
+            coeffs: by ordinal.
+        """
+        replaced = [s for s in self.shares if s.mode == "set" and coeffs[s.ordinal]]
+        if not replaced:
+            return saved
+        wide = saved.dtype
+        for share in replaced:
+            wide = torch.promote_types(wide, share.values.dtype)
+        base = saved.to(wide, copy=True)
+        for share in replaced:
+            values = share.values.detach().to(wide)
+            if share.positions is None:
+                base.copy_(values)
+            else:
+                base.index_copy_(0, share.positions.long(), values)
+        return base
+
+    def adds(self, coeffs: Sequence[float]) -> list[Share]:
+        """Return the parts that add something."""
+        return [s for s in self.shares if s.mode == "add" and coeffs[s.ordinal]]
+
+    def total(
+        self, saved: Tensor, coeffs: Sequence[float], rule: Rule | Combine
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return what to add up: (base entries with "set" entries put in, the rest or None).
+
+        Args:
+            saved: (size,) entries of the weight beneath; not changed.
             coeffs: by ordinal.
             rule: how the rest combines.
         """
-        used = [s for s in self.shares if coeffs[s.ordinal]]
-        replaced = [s for s in used if s.mode == "set"]
-        if replaced:
-            wide = base.dtype
-            for share in replaced:
-                wide = torch.promote_types(wide, share.values.dtype)
-            base = base.to(wide, copy=True)
-            for share in replaced:
-                values = share.values.detach().to(wide)
-                if share.positions is None:
-                    base.copy_(values)
-                else:
-                    base.index_copy_(0, share.positions.long(), values)
-        terms = [Term(coeffs[s.ordinal], s.values, s.positions) for s in used if s.mode == "add"]
+        base = self.base(saved, coeffs)
+        terms = [Term(coeffs[s.ordinal], s.values, s.positions) for s in self.adds(coeffs)]
         if not terms:
             return base, None
         size = self.indices.numel()
         return base, combine(terms, size, rule) if isinstance(rule, Rule) else rule(terms, size)
+
+
+class UnionPlan(Mapping[str, TensorPlan]):
+    """The plans of all parameters under one set of adapters, and what writers derive from them.
+
+    Args:
+        plans: canonical parameter name -> plan.
+        adapters: how many adapters the set has.
+    """
+
+    def __init__(self, plans: Mapping[str, TensorPlan], adapters: int) -> None:
+        self._plans = dict(plans)
+        self._adapters = adapters
+        self._packed: dict[tuple[str, ...], PackedUnion] = {}
+
+    def __getitem__(self, name: str) -> TensorPlan:
+        return self._plans[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._plans)
+
+    def __len__(self) -> int:
+        return len(self._plans)
+
+    @property
+    def entries(self) -> int:
+        """Entries of all unions together."""
+        return sum(plan.indices.numel() for plan in self._plans.values())
+
+    def packed(self, names: tuple[str, ...]) -> PackedUnion:
+        """Return the kernels' layout of some parameters of one device; built once."""
+        if names not in self._packed:
+            plans = [self._plans[name] for name in names]
+            terms = [
+                [PackedTerm(s.ordinal, s.values, s.positions) for s in p.shares if s.mode == "add"]
+                for p in plans
+            ]
+            self._packed[names] = PackedUnion.pack(
+                [p.indices for p in plans], terms, self._adapters
+            ).for_writing()
+        return self._packed[names]
 
 
 def prepared(diff: SparseDiff, recipe: Recipe, *, name: str, digest: str) -> SparseDiff:

@@ -38,14 +38,18 @@ class Witness(NamedTuple):
     @classmethod
     def of(cls, weight: Tensor, indices: Tensor | None) -> Witness:
         """Look at the entries ``indices`` of a tensor, or at all of it."""
-        count = weight.numel() if indices is None else indices.numel()
-        step = max(1, -(-count // _SAMPLE))
         if indices is None:
+            step = max(1, -(-weight.numel() // _SAMPLE))
             dtype = index_dtype_for(weight.numel())
-            positions = torch.arange(0, count, step, dtype=dtype, device=weight.device)
+            positions = torch.arange(0, weight.numel(), step, dtype=dtype, device=weight.device)
         else:
-            positions = indices[::step].contiguous()
+            positions = cls.sample(indices)
         return cls(positions, gather_entries(weight.detach(), positions))
+
+    @staticmethod
+    def sample(indices: Tensor) -> Tensor:
+        """Return the evenly spaced ones of some positions that a witness looks at."""
+        return indices[:: max(1, -(-indices.numel() // _SAMPLE))].contiguous()
 
     def agrees(self, weight: Tensor) -> bool:
         """Whether the tensor still holds those bits there; on any device, in the same dtype."""

@@ -7,7 +7,7 @@ kernels: plans, files and users see one flat ascending list per tensor.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -112,7 +112,7 @@ class PackedUnion(EntryTable):
 
         Args:
             indices: (size_t,) the union of each tensor, ascending, on one device.
-            terms: per tensor, at least one over all, in canonical order.
+            terms: per tensor, in canonical order.
             adapters: ordinals lie below it.
         """
         table = EntryTable.of(indices)
@@ -128,6 +128,9 @@ class PackedUnion(EntryTable):
                 places.append(at.to(place_dtype) + start)
                 values.append(term.values.detach())
                 ordinals.append(torch.full(at.shape, term.ordinal, dtype=small, device=device))
+        if not places:
+            places, values = [table.indices[:0].to(place_dtype)], [table.empty(torch.float32)[:0]]
+            ordinals = [places[0].to(small)]
         dtype = values[0].dtype
         for v in values[1:]:
             dtype = torch.promote_types(dtype, v.dtype)
@@ -147,3 +150,7 @@ class PackedUnion(EntryTable):
             place,
             (before - counts.view(-1, BLOCK).sum(1)),
         )
+
+    def for_writing(self) -> PackedUnion:
+        """Return it without what only gradients need: 8 bytes a value."""
+        return replace(self, order=self.order[:0].clone(), places=self.places[:0].clone())

@@ -7,7 +7,9 @@ import gc
 import pytest
 import torch
 
+import sparseft.composition.writer as writer_module
 from sparseft import Composer, attach
+from sparseft.composition import placement
 from sparseft.errors import StackOrderError
 from sparseft.modules import bottom_value
 from sparseft.modules.storage_stack import holders, parents_of
@@ -46,6 +48,10 @@ def all_holders(model):
 WRITERS = ("gather_entries", "write_sum_", "write_entries_", "pop", "push")
 
 
+def module_of(function: str):
+    return placement if function in ("pop", "push") else writer_module
+
+
 @pytest.mark.parametrize("writer", WRITERS)
 @pytest.mark.parametrize("interrupt", [Broken, KeyboardInterrupt], ids=lambda e: e.__name__)
 @pytest.mark.parametrize(
@@ -62,10 +68,9 @@ WRITERS = ("gather_entries", "write_sum_", "write_entries_", "pop", "push")
 def test_failure_at_any_step(
     composer, snapshot, same, monkeypatch, writer, interrupt, start, change
 ):
-    import sparseft.composition.placement as module
-
     composer.switch(start)
     before, stacks = snapshot(composer.model), all_holders(composer.model)
+    module = module_of(writer)
     real = getattr(module, writer)
     calls = 0
     with monkeypatch.context() as counting:
@@ -110,10 +115,9 @@ def test_failure_at_any_step(
 
 def test_some_step_is_reached(composer, monkeypatch):
     """The grid above would pass by never failing: every writer is called by some change."""
-    import sparseft.composition.placement as module
-
     seen = set()
     for writer in WRITERS:
+        module = module_of(writer)
         real = getattr(module, writer)
         monkeypatch.setattr(
             module, writer, lambda *a, _w=writer, _r=real, **k: (seen.add(_w), _r(*a, **k))[1]

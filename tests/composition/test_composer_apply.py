@@ -76,7 +76,7 @@ class TestApply:
         assert len(built) == other, "a set seen before keeps its union"
 
     def test_reweighting_captures_nothing(self, composer, monkeypatch):
-        import sparseft.composition.placement as module
+        import sparseft.composition.writer as module
 
         composer.switch(["sw", "nli"])
 

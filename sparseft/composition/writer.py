@@ -1,0 +1,253 @@
+"""Write compositions over the entries of parameters, and put the captured bits back.
+
+A `TensorWriter` serves one parameter by torch operations, on any device. A `PackedWriter` serves
+all parameters of one dtype on one GPU by one launch per call. Both keep what they overwrote.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from sparseft._integrity import bits_equal
+from sparseft.composition.plan import TensorPlan, UnionPlan
+from sparseft.composition.registry import Rule
+from sparseft.composition.witness import Witness
+from sparseft.errors import CompositionError
+from sparseft.ops import gather_entries, sum_entries, write_entries_, write_sum_
+from sparseft.ops.compose import (
+    STATE,
+    capture_many,
+    compose_many_,
+    restore_many_,
+    runs_packed,
+)
+from sparseft.ops.packed import EntryTable
+
+if TYPE_CHECKING:
+    from sparseft.composition.placement import Composition
+
+__all__ = ["PackedWriter", "TensorWriter", "Writer", "writers_for"]
+
+
+class Writer(Protocol):
+    """Writes compositions over the entries of some parameters.
+
+    ``saved`` are the parameters' own vectors of overwritten bits; they hold them once `captured`.
+    """
+
+    names: tuple[str, ...]
+    parameters: tuple[nn.Parameter, ...]
+    indices: tuple[Tensor, ...]
+    saved: tuple[Tensor, ...]
+
+    @property
+    def captured(self) -> bool: ...
+
+    def write(self, composition: Composition) -> None: ...
+
+    def restore(self) -> None: ...
+
+    def changed(self) -> list[str]: ...
+
+
+def writers_for(
+    plans: UnionPlan, parameters: Mapping[str, nn.Parameter], rule: object
+) -> list[Writer]:
+    """Return writers for all parameters of a plan, none of which has captured anything.
+
+    Args:
+        plans: by canonical name.
+        parameters: the model's, by canonical name.
+        rule: a function of one's own as a rule runs tensor by tensor.
+    """
+    groups: dict[tuple[torch.device, torch.dtype], list[str]] = {}
+    for name in plans:
+        parameter = parameters[name]
+        groups.setdefault((parameter.device, parameter.dtype), []).append(name)
+    writers: list[Writer] = []
+    for names in groups.values():
+        weights = [parameters[n].detach() for n in names]
+        if isinstance(rule, Rule) and runs_packed(weights):
+            writers.append(PackedWriter(plans, {n: parameters[n] for n in names}))
+        else:
+            writers += [TensorWriter(n, parameters[n], plans[n]) for n in names]
+    return writers
+
+
+class TensorWriter:
+    """Writes one parameter."""
+
+    def __init__(self, name: str, parameter: nn.Parameter, plan: TensorPlan) -> None:
+        self.names: tuple[str, ...] = (name,)
+        self.parameters: tuple[nn.Parameter, ...] = (parameter,)
+        self.indices: tuple[Tensor, ...] = (plan.indices,)
+        self._captured = 0
+        self._saved = torch.empty(
+            plan.indices.shape, dtype=parameter.dtype, device=plan.indices.device
+        )
+        self.saved: tuple[Tensor, ...] = (self._saved,)
+        self._written: Witness | None = None
+
+    @property
+    def captured(self) -> bool:
+        return self._captured > 0
+
+    def write(self, composition: Composition) -> None:
+        """Write base + combined diffs over the saved entries, which are captured first if need be.
+
+        Raises:
+            CompositionError: a sum that the dtype cannot hold.
+        """
+        name, weight = self.names[0], self.parameters[0]
+        plan = composition.plans[name]
+        indices = plan.indices.to(weight.device)
+        if not self._captured:
+            self._saved.copy_(gather_entries(weight.detach(), indices))
+            self._captured = 1
+        saved = self._saved.to(weight.device)
+        self._written = None
+        base, total = plan.total(saved, composition.ordered_coeffs(), composition.rule())
+        if total is None:
+            write_entries_(weight, indices, base.to(weight.dtype))
+        else:
+            written = total
+            if weight.dtype == torch.float16:  # the one dtype with a range much below the sum's
+                written = sum_entries(base, total, weight.dtype)
+                written = written.where(torch.isfinite(base), 0)
+            if not bool(torch.isfinite(written).all()):
+                raise overflow(name, written.dtype, composition)
+            write_sum_(weight, indices, base, total)
+        self._written = Witness.of(weight, indices)
+
+    def restore(self) -> None:
+        """Write the saved bits back."""
+        if self._captured:
+            put_back(self.parameters[0], self.indices[0], self._saved)
+
+    def changed(self) -> list[str]:
+        """Return the names of parameters that no longer hold what was written."""
+        kept = self._written is None or self._written.agrees(self.parameters[0])
+        return [] if kept else list(self.names)
+
+
+class PackedWriter:
+    """Writes all parameters of one dtype on one device."""
+
+    def __init__(self, plans: UnionPlan, parameters: Mapping[str, nn.Parameter]) -> None:
+        self.names, self.parameters = tuple(parameters), tuple(parameters.values())
+        self._plans = plans
+        self._union = plans.packed(self.names)
+        self._arena = self._union.empty(self.parameters[0].dtype)
+        self.indices = tuple(self._union.pieces(self._union.indices))
+        self.saved = tuple(self._union.pieces(self._arena))
+        self._state = torch.zeros(len(STATE), dtype=torch.int32, device=self._arena.device)
+        self._capture_asked = False
+        self._samples = EntryTable.of([Witness.sample(i) for i in self.indices])
+        self._written: Tensor | None = None
+
+    @property
+    def captured(self) -> bool:
+        # The launch that captures also writes: whether it ran is asked of the device.
+        return self._capture_asked and bool(self._state[0])
+
+    def _weights(self) -> list[Tensor]:
+        return [p.detach() for p in self.parameters]
+
+    def _in_place(self) -> bool:
+        """Whether the parameters still lie where the layout does."""
+        device = self._arena.device
+        return all(p.device == device and p.is_contiguous() for p in self.parameters)
+
+    def write(self, composition: Composition) -> None:
+        """As `TensorWriter.write`, for all parameters."""
+        if not self._in_place():
+            raise CompositionError(
+                f"{self.names[0]!r} and others lie on {self.parameters[0].device} now; adapters "
+                f"were applied on {self._arena.device}. Move the model back, or revert first."
+            )
+        weights, coeffs, rule = self._weights(), composition.ordered_coeffs(), composition.rule()
+        plans = [composition.plans[n] for n in self.names]
+        fresh = not self._capture_asked
+        sets = any(s.mode == "set" for p in plans for s in p.shares)
+        if not isinstance(rule, Rule):  # cannot be: writers_for looks at it
+            raise TypeError(f"{rule!r} is not a fused rule")
+        self._written = None
+        if fresh and sets:
+            self._arena.copy_(capture_many(weights, self._union))
+            self._state[0] = 1
+            self._capture_asked = True
+            fresh = False
+        base = None if fresh else self._arena
+        if sets:
+            pieces = [p.base(s, coeffs) for p, s in zip(plans, self.saved, strict=True)]
+            wide = pieces[0].dtype
+            for piece in pieces[1:]:
+                wide = torch.promote_types(wide, piece.dtype)
+            base = self._union.join([p.to(wide) for p in pieces])
+        self._capture_asked = True
+        self._state[1:].zero_()
+        compose_many_(
+            weights, self._union, coeffs, rule, saved=self._arena, base=base, state=self._state
+        )
+        self._written = capture_many(weights, self._samples)
+        if bool(self._state[1]):
+            raise overflow(self._overflowing(), self._arena.dtype, composition)
+
+    def _overflowing(self) -> str:
+        now = self._union.pieces(capture_many(self._weights(), self._union))
+        for name, piece, saved in zip(self.names, now, self.saved, strict=True):
+            if bool((~torch.isfinite(piece) & torch.isfinite(saved)).any()):
+                return name
+        return self.names[0]
+
+    def restore(self) -> None:
+        """Write the saved bits back."""
+        if not self.captured:
+            return
+        if self._in_place():
+            restore_many_(self._weights(), self._union, self._arena)
+            return
+        for weight, indices, saved in zip(self.parameters, self.indices, self.saved, strict=True):
+            put_back(weight, indices, saved)
+
+    def changed(self) -> list[str]:
+        """Return the names of parameters that no longer hold what was written."""
+        if self._written is None:
+            return []
+        if self._in_place():
+            now = capture_many(self._weights(), self._samples)
+            if bits_equal(now, self._written):
+                return []
+        return [
+            name
+            for name, weight, at, then in zip(
+                self.names,
+                self.parameters,
+                self._samples.pieces(self._samples.indices),
+                self._samples.pieces(self._written),
+                strict=True,
+            )
+            if not Witness(at, then).agrees(weight)
+        ]
+
+
+def put_back(weight: Tensor, indices: Tensor, saved: Tensor) -> None:
+    """Write saved bits back, wherever the weight lies by now."""
+    write_entries_(weight, indices.to(weight.device), saved.to(weight.device))
+
+
+def overflow(name: str, dtype: torch.dtype, composition: Composition) -> CompositionError:
+    return CompositionError(
+        f"the sum of the diffs of {name!r} overflows {dtype} with coefficients "
+        f"{dict(composition.coeffs)}; nothing was applied. Use smaller ones."
+    )
+
+
+def slots(writers: Sequence[Writer]) -> Iterator[tuple[str, nn.Parameter, Tensor, Tensor]]:
+    """Yield (name, parameter, indices, saved) of everything that writers write."""
+    for writer in writers:
+        yield from zip(writer.names, writer.parameters, writer.indices, writer.saved, strict=True)
