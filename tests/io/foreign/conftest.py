@@ -74,7 +74,7 @@ def write_peft(
     """Write a folder as PEFT does; keys of ``tensors`` get its prefix."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "adapter_config.json").write_text(json.dumps(dict(config)))
-    named = {f"base_model.model.{k}": t.contiguous() for k, t in tensors.items()}
+    named = {f"base_model.model.{k}": t.clone().contiguous() for k, t in tensors.items()}
     if pickle:
         torch.save(named, folder / "adapter_model.bin")
     else:
