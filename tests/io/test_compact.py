@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from sparseft.adapter import Adapter
+from sparseft.cli.main import main
 from sparseft.diff import SparseDiff, SparsePattern, index_dtype_for
 from sparseft.errors import AdapterFormatError, DiffError
 from sparseft.io.gaps import GapsError, decode_gaps, encode_gaps
@@ -321,3 +324,17 @@ def test_the_summary_says_how_it_is_stored(compact: Path, saved: Path, adapter: 
     assert small.bytes_per_entry == pytest.approx(plain.bytes_per_entry - 3)
     assert {r.encoding for r in small.tensors} == {"gaps", "plain"}  # the head is dense
     assert math.isclose(Adapter({}).summary().bytes_per_entry, 0.0)
+
+
+def test_inspect_says_it_too(compact: Path, saved: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["inspect", str(compact), str(saved), "--json"]) == 0
+    small, plain = json.loads(capsys.readouterr().out)["adapters"]
+    assert (small["encoding"], plain["encoding"]) == ("gaps", "plain")
+    assert small["digest"] == plain["digest"]
+    assert small["bytes_per_entry"] == pytest.approx(plain["bytes_per_entry"] - 3)
+    assert {t["name"]: t["stored_nbytes"] for t in small["tensors"]}["layer.0.bias"] == 2 * 3
+    assert main(["inspect", str(compact)]) == 0
+    text = capsys.readouterr().out
+    assert "compact (gaps" in text
+    assert re.search(r"layer\.0\.bias .* 3\.00 ", text)
+    assert f"{small['bytes_per_entry']:.2f} bytes per entry" in text

@@ -278,3 +278,28 @@ def test_a_hostile_adapter_cannot_write_its_own_card():
     outside_code = re.sub(r"```.*?```|(?<!\\)`[^`\n]*`", "", card, flags=re.S)
     assert re.findall(r".<script", outside_code) == [r"\<script"] * 4  # tag, title, two of versions
     assert len(card.splitlines()) == len(plain.splitlines()) + 1  # its method is a tag
+
+
+def test_a_foreign_adapter_by_name(hub: Any, tmp_path: Path):
+    """As composable-sft publishes them: column-major steps in a pickle."""
+    steps = {"size": torch.Size((2, 3)), "index_steps": [1, 3], "values": torch.tensor([0.5, -2.0])}
+    torch.save({"diffs": {"w": steps}, "abs": {}}, tmp_path / "pytorch_diff.bin")
+    content = (tmp_path / "pytorch_diff.bin").read_bytes()
+    hub.add("them/sft-sw", {"pytorch_diff.bin": content, "config.json": b"{}"})
+    for load in (Adapter.load, Adapter.from_pretrained):
+        loaded = load("them/sft-sw")
+        assert loaded["w"].to_dense().tolist() == [[0.0, 0.0, -2.0], [0.5, 0.0, 0.0]]
+        assert loaded.name == "sft-sw"
+
+
+def test_names_wherever_a_path_is_taken(
+    hub: Any, published: bytes, capsys: pytest.CaptureFixture[str]
+):
+    from sparseft.cli.main import main
+    from sparseft.composition.merge import compose_adapters
+
+    assert compose_adapters(["me/sw"], name="sw").nnz == Adapter.load("me/sw").nnz
+    assert main(["inspect", "me/sw", "--no-tensors"]) == 0
+    assert "me/sw: adapter 'sw'" in capsys.readouterr().out
+    assert main(["inspect", "me/nope"]) == 2
+    assert "no such repository on the hub" in capsys.readouterr().err
