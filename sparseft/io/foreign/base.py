@@ -131,7 +131,7 @@ class Base:
         def load(**where: Any) -> Any:
             from transformers import AutoConfig
 
-            return AutoConfig.from_pretrained(self.label, **where)
+            return AutoConfig.from_pretrained(self.label, trust_remote_code=False, **where)
 
         try:
             return load_from_anywhere(self.label, load)
@@ -173,11 +173,16 @@ class Base:
         config = self._config
         try:
             if isinstance(config, Path):
-                config = transformers.AutoConfig.from_pretrained(config, local_files_only=True)
-            name = next(iter(getattr(config, "architectures", None) or ()), "AutoModel")
-            kind: Any = getattr(transformers, name, transformers.AutoModel)
+                # Not asked, and code beside the configuration is not run.
+                config = transformers.AutoConfig.from_pretrained(
+                    config, local_files_only=True, trust_remote_code=False
+                )
+            name = next(iter(getattr(config, "architectures", None) or ()), "")
+            kind = getattr(transformers, str(name), None)
             with torch.device("meta"):
-                return kind.from_config(config) if "Auto" in name else kind(config)
+                if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel):
+                    return kind(config)
+                return transformers.AutoModel.from_config(config, trust_remote_code=False)
         except Exception as bad:  # a class of transformers may raise anything here
             if self._shapes:
                 return None
@@ -195,7 +200,8 @@ class Base:
         """Return the base's own form of ``name``: an encoder has its head's prefix, or has not."""
         if name in known:
             return name
-        near = [n for n in known if n.endswith(f".{name}") or name.endswith(f".{n}")]
+        inner = name.partition(".")[2]
+        near = [n for n in known if n == inner or n.partition(".")[2] == name]
         return near[0] if len(near) == 1 else None
 
     def shape(self, name: str, what: str) -> tuple[int, ...]:

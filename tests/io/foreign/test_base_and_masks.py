@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -76,6 +77,20 @@ def test_shapes_and_values_come_from_many_places(
 def test_a_tied_head_that_no_checkpoint_stores(tiny: ModuleType, tmp_path: Path):
     base = tiny.save_tiny(tmp_path / "mlm")
     assert foreign.Base(base).shape("lm_head.decoder.weight", "x")[1] == 16
+
+
+def test_a_configuration_runs_no_code(base: Path, tmp_path: Path):
+    """Neither what it names of transformers, unless a model, nor code beside it."""
+    folder = _only_config(base, tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    config["architectures"] = ["set_seed"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert foreign.Base(folder).shape(WEIGHT, "x") == (16, 24)
+    (folder / "bomb.py").write_text("raise SystemExit('code beside a configuration ran')")
+    config |= {"model_type": "bomb", "auto_map": {"AutoConfig": "bomb.Bomb"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(AdapterFormatError, match="no model can be laid out"):
+        foreign.Base(folder).shape(WEIGHT, "x")
 
 
 def test_what_is_no_base(tmp_path: Path):
