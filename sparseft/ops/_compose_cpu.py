@@ -6,22 +6,25 @@ a weight's cache lines cross the memory bus once and no temporary does. The bits
 products and sums are rounded one by one in the order of the shares, starting at -0.0.
 
 XLM-R base shapes in fp32 (197 tensors, 277 M weights), 7.66 M entries per adapter (2.76 %), one
-thread of an AMD EPYC with AVX-512 (family 26, 1 MiB of L2 a core), medians of seven, milliseconds:
+thread of an AMD EPYC with AVX-512 (family 26, 1 MiB of L2 a core), medians of nine on a machine
+with other work, milliseconds; beside it ``param += coo`` per adapter, then ``-=``:
 
-========  =======  =====  ============  =======  ===================================
-adapters  entries  apply  apply, kept   restore  ``param += coo``, then ``-=``, each
-========  =======  =====  ============  =======  ===================================
-2         15.1 M   112    89            65       642
-8         55.7 M   281    189           92       2686
-========  =======  =====  ============  =======  ===================================
+========  =======  =====  ============  =======  ==================
+adapters  entries  apply  apply, kept   restore  coo, there and back
+========  =======  =====  ============  =======  ==================
+2         15.1 M   133    102           49       661
+8         55.7 M   284    145           74       2729
+========  =======  =====  ============  =======  ==================
 
-"Kept" finds the totals of the same coefficients still in the layout. Blocks of 4 Ki entries take
-198 ms instead of 112 (Python), 16 Ki 122, 256 Ki 141. In L2, per entry: int64 ``index_select`` 0.4
-ns, ``scatter_`` 0.5, ``scatter_add_`` 0.6, ``index_add_`` 0.9, ``index_copy_`` 1.3, ``put_`` 1.5,
-``index_put_`` 2.0; boolean masks 9 and more. Two Python threads gained nothing: a call lasts 10 us.
+"Kept" finds the totals of the same coefficients still in the layout; all with ``out``, without it 2
+adapters take 20 ms longer and 8 take 100. Blocks of 4 Ki entries cost half as much again (Python),
+16 Ki to 256 Ki differ by a tenth for 2 adapters, and for 8 the larger win (32 Ki 361, 64 Ki 313, 256
+Ki 233). In L2, per entry: int64 ``index_select`` 0.4 ns, ``scatter_`` 0.5, ``scatter_add_`` 0.6,
+``index_add_`` 0.9, ``index_copy_`` 1.3, ``put_`` 1.5, ``index_put_`` 2.0; boolean masks 9 and more.
+Two Python threads gained nothing: a call lasts tens of microseconds.
 
 Memory: nothing per entry beside the union's indices, the adapters' values and positions; with
-``keep`` 4 bytes per union entry; about 2 MiB of scratch a thread.
+``keep`` 4 bytes per union entry; about 4 MiB of scratch a thread.
 """
 
 from __future__ import annotations
@@ -40,7 +43,7 @@ from sparseft.ops.combine import Rule, Term, combine
 __all__ = ["BLOCK", "CpuLayout", "apply", "restore", "rewrite", "suits"]
 
 # Union entries at a time. Each touches a cache line of the weight at most.
-BLOCK = 1 << 16
+BLOCK = 1 << 17
 
 _SUM = Rule("sum")
 
@@ -133,7 +136,9 @@ def suits(weight: Tensor, rule: object) -> bool:
     )
 
 
-def apply(weight: Tensor, layout: CpuLayout, coeffs: Sequence[float]) -> Tensor:
+def apply(
+    weight: Tensor, layout: CpuLayout, coeffs: Sequence[float], *, out: Tensor | None = None
+) -> Tensor:
     """Write ``rn(weight[idx] + sum_i coeff_i * value_i)`` and return what it overwrote.
 
     Args:
@@ -141,6 +146,8 @@ def apply(weight: Tensor, layout: CpuLayout, coeffs: Sequence[float]) -> Tensor:
             the definition.
         layout: of its union.
         coeffs: one per share; those with 0 are left out. All 0: nothing is written.
+        out: (size,) in the weight's dtype, to hold the saved entries; None: new. Memory that was
+            used before spares the page faults of new memory, a fifth of the time.
 
     Returns:
         (size,) saved entries in the weight's dtype, for `restore` and `rewrite`.
@@ -150,9 +157,10 @@ def apply(weight: Tensor, layout: CpuLayout, coeffs: Sequence[float]) -> Tensor:
     weight = weight.detach()
     if not weight.is_contiguous():
         saved = gather_entries(weight, layout.indices, backend="reference")
+        saved = saved if out is None else out.copy_(saved)
         rewrite(weight, layout, saved, coeffs)
         return saved
-    saved = weight.new_empty(layout.indices.shape)
+    saved = weight.new_empty(layout.indices.shape) if out is None else out
     done = [0]
     try:
         _write(weight, layout, saved, coeffs, done)

@@ -80,11 +80,14 @@ def check(weight, union, shares, coeffs, *, keep=False):
     layout = CpuLayout.of(union, shares, keep=keep)
     wanted, overwritten = defined(weight, union, shares, coeffs)
     for _ in range(2):  # the second time from the kept totals
-        saved = apply(weight, layout, coeffs)
+        out = torch.empty_like(overwritten)
+        saved = apply(weight, layout, coeffs, out=out)
+        assert saved is out
         same(saved, overwritten)
         same(weight, wanted)
         restore(weight, union, saved)
         same(weight, before)
+        same(apply(weight, layout, coeffs), overwritten)
         rewrite(weight, layout, saved, coeffs)
         same(weight, wanted)
         restore(weight, union, saved)
