@@ -222,6 +222,37 @@ class TestProperties:
         )
         assert again.equals(first)
 
+    def test_from_disk_as_in_memory(self, method, options, make_model, make_adapter, tmp_path):
+        model = make_model()
+        adapters = {n: make_adapter(model, i, name=n) for i, n in enumerate("ab")}
+        for name, adapter in adapters.items():
+            adapter.save(tmp_path / name)
+        paths = {name: tmp_path / name for name in adapters}
+        wanted = compose_adapters(adapters, method=method, **options)
+        assert compose_adapters(paths, method=method, **options).equals(wanted)
+
+    def test_nothing_of_the_weight_s_size_is_made(self, method, options):
+        """A weight of 2**44 entries, adapters of 300: anything dense would not fit in memory."""
+        adapters = []
+        for i in range(2):
+            generator = torch.Generator().manual_seed(i)
+            at = torch.arange(300) * (2**35 + i % 2) + 5
+            values = torch.randn(300, generator=generator)
+            diff = SparseDiff(at, values, torch.Size((2**22, 2**22)))
+            adapters.append(Adapter({"w": diff}, name=f"a{i}"))
+        merged = compose_adapters(adapters, [1, 0.5], method=method, **options)
+        assert 1 <= merged["w"].nnz <= 600
+        assert merged["w"].shape == (2**22, 2**22)
+
+    @pytest.mark.parametrize("shape", [(), (1,), (0,), (1, 1), (3, 0), (3, 1, 2)], ids=str)
+    def test_small_shapes(self, method, options, shape):
+        mask = torch.ones(shape, dtype=torch.bool)
+        diff = SparseDiff.from_dense(torch.full(shape, 2.0), mask)
+        adapters = [Adapter({"w": diff}, name=n) for n in "ab"]
+        merged = compose_adapters(adapters, method=method, **options)
+        assert merged["w"].shape == shape
+        assert merged["w"].nnz <= diff.nnz
+
     def test_double_values_stay_double(self, method, options, make_model, make_adapter):
         model = make_model(torch.float64)
         adapters = [make_adapter(model, i, dtype=torch.float64) for i in range(2)]
