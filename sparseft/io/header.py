@@ -7,19 +7,18 @@ are checked in `sparseft.io.load`.
 
 from __future__ import annotations
 
-import json
 import math
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
 from sparseft.adapter import AdapterMetadata, DiffHeader
 from sparseft.diff import VALUE_DTYPES, index_dtype_for
-from sparseft.errors import AdapterFormatError
 from sparseft.fingerprint import SAMPLES, Fingerprint, TensorFingerprint
+from sparseft.io.checker import Checker, kind, short
 from sparseft.io.safetensors_v1 import (
     COMPACT_VERSION,
     DTYPE_NAMES,
@@ -33,7 +32,6 @@ from sparseft.io.safetensors_v1 import (
 __all__ = ["FileHeader", "TensorPlace", "parse_header"]
 
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
-MAX_DIMS = 64  # torch's own limit
 
 
 @dataclass(frozen=True)
@@ -65,104 +63,6 @@ class FileHeader:
     compact: bool
 
 
-class _Checker:
-    """Raises with the file's name in front; small typed getters for JSON."""
-
-    def __init__(self, source: str) -> None:
-        self.source = source
-
-    def fail(self, message: str) -> NoReturn:
-        raise AdapterFormatError(f"{self.source}: {message}")
-
-    def json(self, text: str, what: str) -> Any:
-        def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-            found: dict[str, Any] = {}
-            for key, value in pairs:
-                if key in found:
-                    raise ValueError(f"key {key[:60]!r} appears twice")
-                found[key] = value
-            return found
-
-        def constant(token: str) -> NoReturn:
-            raise ValueError(f"{token} is not JSON")
-
-        try:
-            document = json.loads(text, object_pairs_hook=unique, parse_constant=constant)
-            if "\\u" in text:  # only an escape can spell half of a surrogate pair
-                json.dumps(document, ensure_ascii=False).encode("utf-8")
-            return document
-        except RecursionError:
-            self.fail(f"{what} is nested too deeply; the file is damaged or hostile.")
-        except ValueError as bad:
-            self.fail(f"{what} is not valid JSON ({bad}); the file is damaged or hostile.")
-
-    def object(self, value: Any, what: str) -> dict[str, Any]:
-        if not isinstance(value, dict):
-            self.fail(f"{what} is {_kind(value)}, wanted an object.")
-        return value
-
-    def fields(self, value: Any, wanted: tuple[str, ...], what: str) -> dict[str, Any]:
-        """An object with exactly these keys."""
-        found = self.object(value, what)
-        missing = [k for k in wanted if k not in found]
-        if missing:
-            self.fail(f"{what} lacks {missing[0]!r}; wanted {', '.join(wanted)}.")
-        extra = sorted(set(found) - set(wanted))
-        if extra:
-            self.fail(f"{what} has an unknown field {extra[0]!r}; wanted {', '.join(wanted)}.")
-        return found
-
-    def string(self, value: Any, what: str) -> str:
-        if not isinstance(value, str):
-            self.fail(f"{what} is {_kind(value)}, wanted a string.")
-        return value
-
-    def integer(self, value: Any, what: str, low: int = 0, high: int = 2**63 - 1) -> int:
-        if not isinstance(value, int) or isinstance(value, bool):
-            self.fail(f"{what} is {_kind(value)}, wanted an integer.")
-        if not low <= value <= high:
-            self.fail(f"{what} is {_short(value)}, wanted {low} to {high}.")
-        return value
-
-    def number(self, value: Any, what: str) -> float:
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            self.fail(f"{what} is {_kind(value)}, wanted a number.")
-        try:
-            number = float(value)
-        except OverflowError:
-            number = math.inf
-        if not math.isfinite(number):
-            self.fail(f"{what} is out of range, wanted a finite number.")
-        return number
-
-    def shape(self, value: Any, what: str) -> tuple[int, ...]:
-        if not isinstance(value, list):
-            self.fail(f"shape of {what} is {_kind(value)}, wanted a list of integers.")
-        if len(value) > MAX_DIMS:
-            self.fail(f"shape of {what} has {len(value)} dimensions, wanted at most {MAX_DIMS}.")
-        shape = tuple(self.integer(v, f"shape of {what}") for v in value)
-        if math.prod(shape) > 2**63 - 1:
-            self.fail(f"shape {list(shape)} of {what} overflows: more than 2**63 - 1 entries.")
-        return shape
-
-    def digest(self, value: Any, what: str) -> str:
-        text = self.string(value, f"digest of {what}")
-        if len(text) != 32 or set(text) - set("0123456789abcdef"):
-            self.fail(f"digest of {what} is {_short(text)!r}, wanted 32 lower-case hex digits.")
-        return text
-
-
-def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", type(None): "null"}
-    kind = names.get(type(value))
-    return kind if kind is not None else f"{type(value).__name__} {_short(value)}"
-
-
-def _short(value: Any) -> str:
-    text = str(value) if not isinstance(value, int) or abs(value) < 10**30 else "a huge integer"
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
 def parse_header(head: bytes | memoryview, file_size: int, *, source: str) -> FileHeader:
     """Check the first bytes of an adapter file and say what the file holds.
 
@@ -174,7 +74,7 @@ def parse_header(head: bytes | memoryview, file_size: int, *, source: str) -> Fi
     Raises:
         AdapterFormatError: anything is not as `sparseft.io.safetensors_v1` says.
     """
-    check = _Checker(source)
+    check = Checker(source)
     if file_size == 0:
         check.fail("the file is empty; the write that made it failed, or the copy did.")
     if file_size < 8:
@@ -216,7 +116,7 @@ def _why_no_header(start: bytes, length: int, file_size: int) -> str:
     )
 
 
-def _metadata(check: _Checker, found: Any, tensor_names: list[str]) -> dict[str, str]:
+def _metadata(check: Checker, found: Any, tensor_names: list[str]) -> dict[str, str]:
     if found is None:
         some = ", ".join(map(repr, tensor_names[:3]))
         check.fail(
@@ -243,7 +143,7 @@ def _metadata(check: _Checker, found: Any, tensor_names: list[str]) -> dict[str,
 
 
 def _places(
-    check: _Checker, table: dict[str, Any], *, data_start: int, file_size: int
+    check: Checker, table: dict[str, Any], *, data_start: int, file_size: int
 ) -> dict[str, TensorPlace]:
     """Check every tensor's entry, and that together they cover the data once, without gaps."""
     places: dict[str, TensorPlace] = {}
@@ -291,7 +191,7 @@ def _places(
 
 
 def _contents(
-    check: _Checker, text: str, places: Mapping[str, TensorPlace], *, compact: bool
+    check: Checker, text: str, places: Mapping[str, TensorPlace], *, compact: bool
 ) -> tuple[dict[str, DiffHeader], dict[str, str], dict[str, str]]:
     """Match what the metadata promises with the tensors that are there."""
     document = check.json(text, "metadata 'tensors'")
@@ -314,7 +214,7 @@ def _contents(
         nnz = check.integer(entry["nnz"], f"nnz of {what}")
         mode = entry["mode"]
         if mode != "add" and mode != "set":
-            check.fail(f"mode of {what} is {_short(mode)!r}, wanted 'add' or 'set'.")
+            check.fail(f"mode of {what} is {short(mode)!r}, wanted 'add' or 'set'.")
         if nnz > math.prod(shape):
             check.fail(
                 f"{what} says {nnz} entries, but shape {list(shape)} has only {math.prod(shape)}."
@@ -365,7 +265,7 @@ def _contents(
     return diffs, digests, dense
 
 
-def _provenance(check: _Checker, text: str, fingerprint: str) -> tuple[str, AdapterMetadata]:
+def _provenance(check: Checker, text: str, fingerprint: str) -> tuple[str, AdapterMetadata]:
     what = "metadata 'adapter'"
     keys = ("base_name", "density", "extra", "method", "name", "parents", "seed", "versions")
     found = check.fields(check.json(text, what), keys, what)
@@ -375,7 +275,7 @@ def _provenance(check: _Checker, text: str, fingerprint: str) -> tuple[str, Adap
         check.string(library, "a library's name")
         check.string(version, f"version of {library!r}")
     if not isinstance(found["parents"], list):
-        check.fail(f"parents is {_kind(found['parents'])}, wanted a list of strings.")
+        check.fail(f"parents is {kind(found['parents'])}, wanted a list of strings.")
     metadata = AdapterMetadata(
         format_version=int(FORMAT_VERSION),
         base_name=None if base_name is None else check.string(base_name, "base_name"),
@@ -390,7 +290,7 @@ def _provenance(check: _Checker, text: str, fingerprint: str) -> tuple[str, Adap
     return check.string(found["name"], "name"), metadata
 
 
-def _fingerprint(check: _Checker, text: str) -> Fingerprint | None:
+def _fingerprint(check: Checker, text: str) -> Fingerprint | None:
     document = check.json(text, "metadata 'fingerprint'")
     if document is None:
         return None
