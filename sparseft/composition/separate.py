@@ -1,0 +1,389 @@
+"""`SeparateComposer`: adapters beside a model whose weights nobody writes, per batch or per row."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparseft.adapter import Adapter
+from sparseft.composition.blend import Blender
+from sparseft.composition.coefficients import Coeffs, Which, as_coeffs
+from sparseft.composition.fit import Dense, Loaded, Missing
+from sparseft.composition.registry import recipe_of
+from sparseft.errors import CompositionError
+from sparseft.modules.separate import Applied, Site
+
+__all__ = ["SeparateComposer"]
+
+logger = logging.getLogger(__name__)
+
+# What is in force in this context (thread or task), by handle. One variable for all handles: those
+# made outside of a module's top level are never freed.
+_local: ContextVar[Mapping[int, Applied]] = ContextVar("sparseft_separate", default={})  # noqa: B039
+# Sites that ran since the model's forward began, in this context.
+_seen: ContextVar[set[int] | None] = ContextVar("sparseft_separate_seen", default=None)
+
+RowSpec = Which | None
+# Where a model's forward has its batch, looked for in this order among keyword arguments.
+_BATCH_KEYS = ("input_ids", "inputs_embeds", "decoder_input_ids", "pixel_values", "input_features")
+
+
+class SeparateComposer:
+    """Runs a model under adapters without touching a weight: ``y = W(x) + x @ S.T`` in each layer.
+
+    For a base that is quantised, shared by several users, or mapped read-only; and for batches
+    whose rows want different adapters. The same adapters, coefficients and methods as `Composer`.
+
+    Args:
+        model: any module; its parameters are only read. Diffs may belong to Linear (floating, or
+            quantised: anything with in_features and out_features), transformers' Conv1D, Embedding
+            and LayerNorm; other parameters are refused by name before anything runs. Each layer
+            must be called, not read (``F.linear(x, layer.weight)`` sees no diff; a warning names
+            parameters whose layers were not called).
+        adapters: name -> adapter, or path of one; more with `add`.
+        check_base, dense, missing: as in `Composer`.
+        cache: how many compositions keep their sums (8 bytes an entry).
+
+    Example:
+        >>> import torch
+        >>> from sparseft import Adapter, SparseDiff
+        >>> from sparseft.composition import SeparateComposer
+        >>> layer = torch.nn.Linear(2, 1, bias=False)
+        >>> change = SparseDiff.from_dense(torch.tensor([[0.0, 2.0]]))
+        >>> separate = SeparateComposer(layer, {"a": Adapter({"weight": change})})
+        >>> x = torch.ones(2, 2)
+        >>> with separate.rows(["a", None]), torch.no_grad():
+        ...     moved = (layer(x) - layer(x[:1])).tolist()
+        Traceback (most recent call last):
+        sparseft.errors.CompositionError: rows(...) was given 2 compositions for a batch of 1 rows \
+(input of shape (1, 2)); give one per row.
+        >>> with separate.rows(["a", None]):
+        ...     moved = layer(x) - x @ layer.weight.T
+        >>> moved.round().tolist()
+        [[2.0], [0.0]]
+
+    `using` and `rows` hold for the context they are entered in (thread, or asyncio task), so that
+    threads that serve different requests do not disturb each other; `switch` holds wherever neither
+    is. Two handles on one model add up.
+
+    Checkpointed layers run again in backward, which must see the same compositions: call
+    ``backward()`` inside the block (or use `switch`); outside it is refused.
+
+    Under ``torch.compile`` every changed layer breaks the graph; ``fullgraph=True`` is refused by
+    torch at the first of them. Code that was compiled before a layer is changed for the first time
+    is compiled again (``torch.compiler.reset()``).
+
+    Numerics: diffs are summed in fp32 and added in fp32 to the layer's rounded output, with one
+    rounding more: close to merged weights, not equal, except in Embeddings, which have their bits.
+    A row has the bits it has when the whole batch runs under its composition; where an adapter
+    replaces a weight whole, or on a GPU, where tiles follow group sizes, it is close.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        adapters: Mapping[str, Adapter | str | os.PathLike[str]] | None = None,
+        *,
+        check_base: bool = True,
+        dense: Dense = "auto",
+        missing: Missing = "auto",
+        cache: int = 16,
+    ) -> None:
+        self.model = model
+        self._blender = Blender(
+            model, cache=cache, missing=missing, dense=dense, check_base=check_base
+        )
+        self._loaded = self._blender.loaded
+        self._sites: dict[int, tuple[Site, Any]] = {}  # id of the module -> site, hook
+        self._default: Applied | None = None
+        self._default_coeffs: dict[str, float] = {}
+        self._open: list[Applied] = []
+        self._lock = threading.RLock()
+        self._warned: set[str] = set()
+        self._closed = False
+        self._root = [
+            # Functions, not methods: a deep copy of the model must not copy the handle.
+            model.register_forward_pre_hook(
+                lambda module, args, kwargs: self._before_model(module, args, kwargs),
+                with_kwargs=True,
+            ),
+            model.register_forward_hook(
+                lambda module, args, output: self._after_model(module, args, output)
+            ),
+        ]
+        for name, adapter in (adapters or {}).items():
+            self.add(name, adapter)
+
+    # The adapters.
+
+    def add(self, name: str, adapter: Adapter | str | os.PathLike[str]) -> None:
+        """Add an adapter, or the path of one, under a new name; errors as in `Composer.add`."""
+        if not isinstance(name, str) or not name:
+            raise CompositionError(f"{name!r} cannot name an adapter; wanted a non-empty string.")
+        if name in self._loaded:
+            raise CompositionError(
+                f"an adapter called {name!r} is here already; remove({name!r}) first, or choose "
+                "another name."
+            )
+        if not isinstance(adapter, Adapter):
+            adapter = Adapter.load(adapter, check="lazy")
+        self._loaded[name] = Loaded(name, adapter)
+
+    def remove(self, name: str) -> None:
+        """Forget an adapter; blocks that are open keep what they have.
+
+        Raises:
+            UnknownNameError: there is none of that name.
+        """
+        as_coeffs(name, None, self._loaded)
+        with self._lock:
+            self._blender.forget(name)
+
+    def names(self) -> list[str]:
+        """Return the names of the adapters, in the order they were added."""
+        return list(self._loaded)
+
+    def __getitem__(self, name: str) -> Adapter:
+        as_coeffs(name, None, self._loaded)
+        return self._loaded[name].adapter
+
+    @property
+    def skipped(self) -> dict[str, tuple[str, ...]]:
+        """Adapter -> its tensors that were left out because the model has no place for them."""
+        return {name: fit.skipped for name, fit in self._blender.fits.items() if fit.skipped}
+
+    # The compositions.
+
+    def switch(
+        self, which: Which, coeffs: Coeffs = None, *, method: str = "linear", **options: Any
+    ) -> None:
+        """Run under exactly these adapters from now on, in every thread, outside of blocks.
+
+        Arguments and errors as in `Composer.switch`; ``switch([])`` is `revert`.
+        """
+        chosen = as_coeffs(which, coeffs, self._loaded)
+        self._default = self._apply([chosen], None, method, options)
+        self._default_coeffs = chosen
+
+    def revert(self) -> None:
+        """Take back `switch`: the base alone, outside of blocks."""
+        self._default, self._default_coeffs = None, {}
+
+    @property
+    def active(self) -> dict[str, float]:
+        """Name -> coefficient of what `switch` set."""
+        return dict(self._default_coeffs)
+
+    @contextmanager
+    def using(
+        self, which: Which, coeffs: Coeffs = None, *, method: str = "linear", **options: Any
+    ) -> Iterator[SeparateComposer]:
+        """Run under these adapters for the length of a ``with`` block, in this thread or task.
+
+        Blocks nest, the innermost holds; arguments and errors as in `Composer.switch`.
+        """
+        chosen = as_coeffs(which, coeffs, self._loaded)
+        with self._entered(self._apply([chosen], None, method, options)):
+            yield self
+
+    @contextmanager
+    def rows(
+        self, rows: Sequence[RowSpec], *, method: str = "linear", repeat: int = 1, **options: Any
+    ) -> Iterator[SeparateComposer]:
+        """Run each row of the batch under its own adapters for the length of a ``with`` block.
+
+        Args:
+            rows: per row of the batch (dim 0 of the model's inputs): a name, names, a mapping of
+                name to coefficient, or None (or nothing) for the base.
+            method: a registered composition method, for all rows, with its ``options``.
+            repeat: batch rows that each entry stands for, one after another: beams, or sequences
+                returned per prompt, as ``generate`` repeats them.
+
+        Raises:
+            CompositionError: no rows; later, from the model: a batch of another number of rows, a
+                layer whose input cannot be told apart by rows.
+            UnknownNameError, BaseMismatchError: as in `Composer.switch`.
+        """
+        if isinstance(rows, str | Mapping) or not rows or repeat < 1:
+            raise CompositionError(
+                f"rows is {rows!r} with repeat={repeat}; wanted a list with one composition per "
+                "row of the batch. One for all rows is using(...)."
+            )
+        chosen = [as_coeffs([] if row is None else row, None, self._loaded) for row in rows]
+        distinct = list({tuple(sorted(c.items())): c for c in chosen}.values())
+        row_of = [distinct.index(c) for c in chosen for _ in range(repeat)]
+        with self._entered(self._apply(distinct, row_of, method, options)):
+            yield self
+
+    @contextmanager
+    def _entered(self, applied: Applied) -> Iterator[None]:
+        token = _local.set({**_local.get(), id(self): applied})
+        self._open.append(applied)
+        try:
+            yield
+        finally:
+            self._open.remove(applied)
+            _local.reset(token)
+
+    def close(self) -> None:
+        """Take the hooks off; the model is what it was. The handle cannot be used afterwards."""
+        with self._lock:
+            for hook in [*self._root, *(hook for _, hook in self._sites.values())]:
+                hook.remove()
+            self._sites.clear()
+            self._default, self._default_coeffs, self._closed = None, {}, True
+
+    def __enter__(self) -> SeparateComposer:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"SeparateComposer(adapters={self.names()}, active={self.active})"
+
+    # How: what is in force where.
+
+    def _in_force(self, site: Site) -> Applied | None:
+        mine = _local.get().get(id(self))
+        if torch._C._current_graph_task_id() == -1:
+            site.last = found = mine or self._default
+            return found
+        # In backward: a checkpointed layer runs again, on CUDA in a thread without our context.
+        if mine is not None:
+            return mine
+        opened = set(self._open)
+        if len(opened) > 1:
+            raise CompositionError(
+                f"{site.name!r} runs again in backward (checkpointing) while {len(opened)} blocks "
+                "are open in several threads, so it cannot know its composition. Use switch(...)."
+            )
+        found = opened.pop() if opened else self._default
+        if found is not site.last:
+            raise CompositionError(
+                f"{site.name!r} runs again in backward (checkpointing), but outside of the "
+                "using(...) or rows(...) block of its forward. Call backward() inside the block, "
+                "or use switch(...)."
+            )
+        return found
+
+    def _hook(self, site: Site) -> Callable[..., Tensor | None]:
+        def add(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+        ) -> Tensor | None:
+            if module is not site.module:
+                _refuse_replica(module, site)  # a deep copy of the model is a stock model
+                return None
+            applied = self._in_force(site)
+            if applied is None:
+                return None
+            seen = _seen.get()
+            if seen is not None:
+                seen.add(id(site))
+            return site.add(applied, args[0] if args else next(iter(kwargs.values())), output)
+
+        return add
+
+    def _before_model(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        applied = _local.get().get(id(self)) or self._default
+        if applied is None or module is not self.model:
+            return
+        _seen.set(set())
+        if applied.batch is None:
+            return
+        named = [kwargs[key] for key in _BATCH_KEYS if kwargs.get(key) is not None]
+        for value in (*args, *named, *kwargs.values()):
+            if isinstance(value, Tensor) and value.ndim:
+                if value.shape[0] != applied.batch:
+                    raise CompositionError(
+                        f"rows(...) was given {applied.batch} compositions for a batch of "
+                        f"{value.shape[0]} rows (input of shape {tuple(value.shape)}); give one "
+                        "per row."
+                    )
+                return
+
+    def _after_model(self, module: nn.Module, args: Any, output: Any) -> None:
+        applied, seen = _local.get().get(id(self)) or self._default, _seen.get()
+        if applied is None or seen is None:
+            return
+        _seen.set(None)
+        ran = {n for site, _ in self._sites.values() if id(site) in seen for n in _names_of(site)}
+        silent = [n for n in applied.names if n not in ran and n not in self._warned]
+        if silent:
+            self._warned.update(silent)
+            logger.warning(
+                "separate mode: the layers of %d parameters with diffs were not called (%s%s); if "
+                "the model reads those weights in another way, their diffs had no effect",
+                len(silent), ", ".join(silent[:3]), ", ..." if len(silent) > 3 else "",
+            )  # fmt: skip
+
+    def _apply(
+        self,
+        chosen: Sequence[dict[str, float]],
+        row_of: Sequence[int] | None,
+        method: str,
+        options: dict[str, Any],
+    ) -> Applied:
+        """Check everything and prepare what is to be in force; the model is only read."""
+        if self._closed:
+            raise CompositionError("this SeparateComposer is closed; make a new one.")
+        recipe = recipe_of(method, options)
+        with self._lock:
+            if self._blender.refresh():
+                for _, hook in self._sites.values():
+                    hook.remove()
+                self._sites.clear()
+            how = (method, repr(sorted(options.items())))
+            blends = [self._blender.blend(coeffs, recipe, how) for coeffs in chosen]
+            applied = Applied(blends, row_of)
+            held = [applied, *self._open, *([self._default] if self._default else [])]
+            self._place(sorted({name for each in held for name in each.names}))
+        return applied
+
+    # How: the places.
+
+    def _place(self, names: Sequence[str]) -> None:
+        """Hook every layer that holds one of the parameters."""
+        index = self._blender.index
+        places = [module for name in names for module in self._blender.places(name)]
+        new = [module for module in places if id(module) not in self._sites]
+        if not new:
+            return
+        held: dict[int, dict[str, str]] = {id(module): {} for module in new}
+        for name in index.names:
+            for module, attr in index.owners(name):
+                if id(module) in held:
+                    held[id(module)][attr] = name
+        for module in new:
+            if id(module) in self._sites:
+                continue  # listed for its weight and its bias
+            site = Site(module, held[id(module)])
+            # First: what others hook on the layer's output sees the diffs.
+            hook = module.register_forward_hook(self._hook(site), prepend=True, with_kwargs=True)
+            self._sites[id(module)] = (site, hook)
+        if "torch._dynamo" in sys.modules:
+            # Compiled code does not look whether its modules have new hooks.
+            torch.compiler.reset()
+
+
+def _refuse_replica(module: nn.Module, site: Site) -> None:
+    if getattr(module, "_is_replica", False):
+        raise CompositionError(
+            f"{site.name!r} runs in a replica of nn.DataParallel, where separate mode has no "
+            "effect. Use DistributedDataParallel, or one process per device."
+        )
+
+
+def _names_of(site: Site) -> list[str]:
+    return [n for n in (site.weight, site.bias) if n is not None]

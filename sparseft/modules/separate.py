@@ -1,0 +1,404 @@
+"""Layers that add a sparse diff to what their untouched weight gives: ``y = W(x) + x @ S.T``.
+
+A `Site` is a module with parameters that some adapter changes; its forward hook adds, row by row of
+the batch, what the diffs in force would have changed. No weight is written and no class replaced,
+so quantised and shared weights will do, and taking the hook off leaves the stock module.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparseft.errors import CompositionError
+from sparseft.modules.fused import FusedEmbedding, FusedLinear
+from sparseft.modules.names import ParameterIndex, canonical_name
+from sparseft.ops import RowGroups
+from sparseft.ops.spmm import segment_spmm
+from sparseft.ops.spmm_embedding import embedding_diff_at
+
+__all__ = ["Applied", "Delta", "SeparateIndex", "Site", "is_opaque", "shape_of", "why_not_separate"]
+
+
+def is_opaque(weight: Tensor) -> bool:
+    """Whether a weight's entries cannot be read as they are: quantised, packed, or a subclass."""
+    return not weight.is_floating_point() or type(weight) not in (Tensor, nn.Parameter)
+
+
+def _is_linear_like(module: nn.Module) -> bool:
+    sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    return all(isinstance(size, int) for size in sizes)
+
+
+def _conv1d() -> type | None:
+    # Never imported by us: a model with Conv1D layers has imported it already.
+    return getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
+
+
+class SeparateIndex(ParameterIndex):
+    """The parameters of a model, and weights of quantised linear layers that are buffers."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        for prefix, module in model.named_modules():
+            weight = module._buffers.get("weight")
+            if weight is None or not _is_linear_like(module) or not is_opaque(weight):
+                continue
+            full = f"{prefix}.weight" if prefix else "weight"
+            name = canonical_name(full)
+            if name not in self:
+                self._parameters[name] = weight
+                self._owners[name], self._aliases[name] = [(module, "weight")], []
+                self._canonical[name] = self._canonical[full] = name
+
+
+def shape_of(module: nn.Module, attr: str, weight: Tensor) -> tuple[int, ...]:
+    """Return the shape that a diff of this parameter has, also where it is stored packed."""
+    if attr == "weight" and is_opaque(weight) and _is_linear_like(module):
+        return int(module.out_features), int(module.in_features)  # type: ignore[arg-type]
+    return tuple(weight.shape)
+
+
+def _kind(module: nn.Module) -> str | None:
+    """Return which layer a module is for us, None for none."""
+    conv1d = _conv1d()
+    if conv1d is not None and isinstance(module, conv1d):
+        return "conv1d"
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    if isinstance(module, nn.LayerNorm):
+        return "layer_norm"
+    return "linear" if isinstance(module, nn.Linear) or _is_linear_like(module) else None
+
+
+# Forwards known to give the stock layer's output.
+_STOCK = {
+    "linear": (nn.Linear.forward, FusedLinear.forward),
+    "embedding": (nn.Embedding.forward, FusedEmbedding.forward),
+    "layer_norm": (nn.LayerNorm.forward,),
+}
+
+
+def why_not_separate(module: nn.Module, attr: str) -> str | None:
+    """Return why a parameter cannot have a diff kept apart, as a clause; None where it can."""
+    kind, cls = _kind(module), type(module)
+    parameter = getattr(module, attr, None)
+    if kind is None or attr not in ("weight", "bias"):
+        return (
+            f"it is the {attr!r} of a {cls.__qualname__}, and only Linear, Conv1D, Embedding and "
+            "LayerNorm are known"
+        )
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return f"it belongs to a {cls.__qualname__}, whose forward attention never calls"
+    if attr == "bias" and isinstance(parameter, Tensor) and is_opaque(parameter):
+        return "it is a quantised bias"
+    if kind == "embedding" and getattr(module, "max_norm", None) is not None:
+        return "it belongs to an Embedding with max_norm, which renormalises the table in place"
+    if kind == "conv1d":
+        return None
+    if cls.forward in _STOCK[kind]:
+        return None
+    if kind == "linear" and is_opaque(module.weight):  # type: ignore[arg-type]
+        return None
+    if kind == "embedding" and isinstance(getattr(module, "embed_scale", None), float | Tensor):
+        return None  # transformers' scaled embeddings: the stock output times embed_scale
+    return (
+        f"it belongs to a {cls.__qualname__} with a forward of its own, which may use it in "
+        "another way than the stock layer"
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Delta:
+    """What one composition does to one parameter.
+
+    Args:
+        indices: (nnz,) flat positions, ascending.
+        values: (nnz,) fp32 or fp64, added there; or a function that computes them anew, where they
+            are being trained.
+        shape: of the parameter.
+        replaced: the whole new tensor instead, with no ``indices`` and ``values``.
+    """
+
+    indices: Tensor
+    values: Tensor | Callable[[], Tensor]
+    shape: tuple[int, ...]
+    replaced: Tensor | None = None
+
+    def now(self) -> Tensor:
+        """Return the values."""
+        return self.values if isinstance(self.values, Tensor) else self.values()
+
+    def vector(self, base: Tensor) -> Tensor:
+        """Return all of a one-dimensional parameter's change, dense, in fp32 or fp64."""
+        if self.replaced is not None:
+            wide = torch.promote_types(base.dtype, torch.float32)
+            return self.replaced.to(base.device, wide) - base.detach().to(wide)
+        values = self.now()
+        return values.new_zeros(self.shape).index_put((self.indices.long(),), values)
+
+
+Blend = Mapping[str, Delta]  # one composition: canonical parameter name -> its delta
+
+
+class _Group(NamedTuple):
+    weight: Delta | None
+    bias: Delta | None
+    rows: tuple[int, ...]  # of the batch; () where the whole batch is one group
+
+
+class Applied:
+    """The compositions in force: one for the whole batch, or one per row.
+
+    Args:
+        blends: the distinct compositions.
+        row_of: for each row of the batch, which; None: the first for all, however many there are.
+    """
+
+    def __init__(self, blends: Sequence[Blend], row_of: Sequence[int] | None = None) -> None:
+        self.blends = list(blends)
+        self.row_of = None if row_of is None else tuple(row_of)
+        self.names = sorted({name for blend in blends for name in blend})
+        self._groups: dict[Site, list[_Group]] = {}
+        self._orders: dict[tuple[Any, ...], tuple[RowGroups, list[Tensor]]] = {}
+
+    @property
+    def batch(self) -> int | None:
+        """Rows of the batch; None where any number will do."""
+        return None if self.row_of is None else len(self.row_of)
+
+    def groups(self, site: Site) -> list[_Group]:
+        """Return the rows of a site by what they change there; rows that change nothing left out.
+
+        One group with no rows listed is all of the batch.
+        """
+        found = self._groups.get(site)
+        if found is None:
+            found = self._groups[site] = self._group(site)
+        return found
+
+    def _group(self, site: Site) -> list[_Group]:
+        def of(blend: Blend, name: str | None) -> Delta | None:
+            return None if name is None else blend.get(name)
+
+        pairs = [(of(blend, site.weight), of(blend, site.bias)) for blend in self.blends]
+        row_of = (0,) if self.row_of is None else self.row_of
+        rows: dict[tuple[int, int], list[int]] = {}
+        kept = {}
+        for row, at in enumerate(row_of):
+            key = id(pairs[at][0]), id(pairs[at][1])
+            rows.setdefault(key, []).append(row)
+            kept[key] = pairs[at]
+        made = [
+            _Group(weight, bias, tuple(rows[key]))
+            for key, (weight, bias) in kept.items()
+            if weight is not None or bias is not None
+        ]
+        if len(made) == 1 and len(made[0].rows) == len(row_of):
+            return [made[0]._replace(rows=())]
+        return made
+
+    def order(
+        self, rows: tuple[tuple[int, ...], ...], device: torch.device
+    ) -> tuple[RowGroups, list[Tensor]]:
+        """Return groups of rows as the ops take them, and each group's rows, on a device."""
+        key = (rows, device)
+        if key not in self._orders:
+            made = RowGroups.of(rows, self.batch or 0, device)
+            each = [torch.tensor(r, dtype=torch.long).to(device) for r in rows]
+            self._orders[key] = made, each
+        return self._orders[key]
+
+
+class Site:
+    """A module whose output gets diffs added, and the names of its parameters.
+
+    Args:
+        module: a layer for which `why_not_separate` has nothing to say.
+        names: attribute -> canonical parameter name, of those that adapters may change.
+    """
+
+    def __init__(self, module: nn.Module, names: Mapping[str, str]) -> None:
+        self.module = module
+        self.weight, self.bias = names.get("weight"), names.get("bias")
+        self.kind = _kind(module)
+        self.last: Applied | None = None  # in force when the module ran last, backward aside
+
+    @property
+    def name(self) -> str:
+        return self.weight or self.bias or "?"
+
+    def add(self, applied: Applied, x: Tensor, y: Tensor) -> Tensor:
+        """Return what the layer gives under the compositions.
+
+        Args:
+            applied: they.
+            x: the layer's input.
+            y: what its stock forward made of it.
+
+        Raises:
+            CompositionError: the input cannot be told apart by rows of the batch.
+        """
+        groups = applied.groups(self)
+        if not groups:
+            return y
+        whole = not groups[0].rows
+        if self.kind == "embedding":
+            return self._add_embedding(applied, groups, whole, x, y)
+        if self.kind == "layer_norm":
+            return self._add_layer_norm(applied, groups, whole, x, y)
+        return self._add_linear(applied, groups, whole, x, y)
+
+    def _by_row(self, x: Tensor, batch: int) -> Tensor:
+        """View (B, ..., N), or (B * k, N) with k positions of a row together, as (B, L, N)."""
+        rows = x.shape[0] if x.ndim > 1 else 0
+        if rows == 0 or rows % batch or (rows != batch and x.ndim > 2 and x.shape[1] == batch):
+            raise CompositionError(
+                f"{self.name!r}: its input has shape {tuple(x.shape)}, which is not {batch} rows "
+                "(batch first), or a multiple of that flattened; rows(...) cannot tell which row "
+                "an entry belongs to. Give rows() one composition per row of the batch, or "
+                "run the rows apart with using()."
+            )
+        return x.reshape(batch, -1, x.shape[-1])
+
+    def _add_linear(
+        self, applied: Applied, groups: list[_Group], whole: bool, x: Tensor, y: Tensor
+    ) -> Tensor:
+        kind = x.device.type
+        if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+            x = x.to(torch.get_autocast_dtype(kind))  # as the layer itself takes it
+        batch = applied.batch
+        if whole or batch is None:
+            shape = (1, -1)
+            x3, y3 = x.reshape(*shape, x.shape[-1]), y.reshape(*shape, y.shape[-1])
+        else:
+            x3 = self._by_row(x, batch)
+            y3 = y.reshape(*x3.shape[:2], y.shape[-1])
+        sparse = [g for g in groups if g.weight is None or g.weight.replaced is None]
+        if sparse:
+            y3 = self._add_sparse(applied, sparse, whole, x3, y3)
+        for group in groups:
+            if group.weight is not None and group.weight.replaced is not None:
+                rows = None if whole else applied.order((group.rows,), x.device)[1][0]
+                y3 = self._replace(group, rows, x3, y3)
+        return y3.view(y.shape)
+
+    def _add_sparse(
+        self, applied: Applied, groups: list[_Group], whole: bool, x3: Tensor, y3: Tensor
+    ) -> Tensor:
+        transposed = self.kind == "conv1d"
+        inner, outer = x3.shape[-1], y3.shape[-1]
+        rows, cols = (inner, outer) if transposed else (outer, inner)
+        none = torch.empty(0, device=x3.device)
+        values = [none if g.weight is None else g.weight.now().to(x3.device) for g in groups]
+        indices = [
+            none.int() if g.weight is None else g.weight.indices.to(x3.device) for g in groups
+        ]
+        biases: list[Tensor] = []
+        if any(g.bias is not None for g in groups):
+            base = self.module.bias
+            zeros = torch.zeros(outer, device=x3.device)
+            biases = [zeros if g.bias is None else g.bias.vector(base) for g in groups]  # type: ignore[arg-type]
+        if whole:
+            made = RowGroups.whole(1)
+        else:
+            made, _ = applied.order(tuple(g.rows for g in groups), x3.device)
+        return segment_spmm(
+            x3, y3, values, indices, biases, made.order, list(made.ends), rows, cols, transposed, ""
+        )
+
+    def _replace(self, group: _Group, rows: Tensor | None, x3: Tensor, y3: Tensor) -> Tensor:
+        """Compute the rows of a group with its own whole weight."""
+        if group.weight is None or group.weight.replaced is None:
+            return y3
+        weight = group.weight.replaced.to(x3.device, y3.dtype)
+        bias: Tensor | None = self.module.bias  # type: ignore[assignment]
+        if bias is not None and group.bias is not None:
+            bias = (bias.detach() + group.bias.vector(bias)).to(bias.dtype)
+        taken = x3 if rows is None else x3.index_select(0, rows)
+        if self.kind == "conv1d":
+            weight = weight.t()
+        taken = taken.to(weight.dtype)
+        part = F.linear(taken, weight, None if bias is None else bias.to(weight.dtype))
+        return part if rows is None else y3.index_copy(0, rows, part.to(y3.dtype))
+
+    def _add_embedding(
+        self, applied: Applied, groups: list[_Group], whole: bool, ids: Tensor, y: Tensor
+    ) -> Tensor:
+        module: Any = self.module
+        dim, batch = y.shape[-1], applied.batch
+        if whole or batch is None:
+            ids3, y3, shape = ids.reshape(1, -1), y.reshape(1, -1, dim), y.shape
+        else:
+            if ids.ndim > 1 and ids.shape[0] == 1 and batch > 1:
+                # Positions shared by the rows: each row gets its own from here on.
+                ids, y = ids.expand(batch, *ids.shape[1:]), y.expand(batch, *y.shape[1:])
+            if ids.ndim < 2 or ids.shape[0] != batch:
+                raise CompositionError(
+                    f"{self.name!r}: it looks up ids of shape {tuple(ids.shape)}, which are not "
+                    f"{batch} rows (batch first); rows(...) cannot tell which row an id belongs "
+                    "to. Run the rows apart with using(), or leave this parameter out."
+                )
+            shape = y.shape
+            ids3, y3 = ids.reshape(batch, -1), y.reshape(batch, -1, dim)
+        scale = getattr(module, "embed_scale", None)
+        sparse = [g.weight for g in groups if g.weight is not None and g.weight.replaced is None]
+        if sparse:
+            values = [d.now().to(y.device) for d in sparse]
+            if scale is not None:
+                values = [v * scale for v in values]
+            made = RowGroups.whole(1)
+            if not whole:
+                kept = tuple(g.rows for g in groups if g.weight in sparse)
+                made, _ = applied.order(kept, y.device)
+            padding = -1 if module.padding_idx is None else module.padding_idx
+            y3 = embedding_diff_at(
+                y3, ids3, values, [d.indices.to(y.device) for d in sparse], made.order,
+                list(made.ends), module.weight.shape[0], padding, module.scale_grad_by_freq, "",
+            )  # fmt: skip
+        for group in groups:
+            if group.weight is not None and group.weight.replaced is not None:
+                rows = None if whole else applied.order((group.rows,), y.device)[1][0]
+                table = group.weight.replaced.to(y.device, y.dtype)
+                part = F.embedding(ids3 if rows is None else ids3[rows], table, module.padding_idx)
+                part = part if scale is None else part * scale
+                y3 = part if rows is None else y3.index_copy(0, rows, part.to(y3.dtype))
+        return y3.view(shape)
+
+    def _add_layer_norm(
+        self, applied: Applied, groups: list[_Group], whole: bool, x: Tensor, y: Tensor
+    ) -> Tensor:
+        module: Any = self.module
+        wide = torch.promote_types(y.dtype, torch.float32)
+        normal = F.layer_norm(x.to(wide), module.normalized_shape, None, None, module.eps)
+        width = normal.shape[-1]
+        if len(module.normalized_shape) > 1:
+            raise CompositionError(f"{self.name!r}: a LayerNorm over several dimensions")
+        out = y.to(wide)
+        batch = applied.batch
+        if not (whole or batch is None):
+            normal, out = self._by_row(normal, batch), self._by_row(out, batch)
+        for attr, factor in (("weight", normal), ("bias", None)):
+            deltas = [getattr(g, attr) for g in groups]
+            if all(d is None for d in deltas):
+                continue
+            base = getattr(module, attr)
+            zeros = torch.zeros(width, dtype=wide, device=y.device)
+            table = [zeros if d is None else d.vector(base).to(wide) for d in deltas]
+            if whole or batch is None:
+                change = table[0]
+            else:
+                at = [len(groups)] * batch
+                for place, group in enumerate(groups):
+                    for row in group.rows:
+                        at[row] = place
+                places = torch.tensor(at).to(y.device)
+                change = torch.stack([*table, zeros])[places][:, None]
+            out = out + (change if factor is None else factor * change)
+        return out.to(y.dtype).view(y.shape)

@@ -1,0 +1,179 @@
+"""Separate mode on tiny transformers: rows of one batch against models with merged weights."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+from sparseft import Composer, SeparateComposer
+from sparseft.adapter import Adapter, AdapterMetadata
+from sparseft.diff import SparseDiff, SparsePattern
+from sparseft.modules import ParameterIndex, fingerprint_model
+
+transformers = pytest.importorskip("transformers")
+
+
+def _load(name: str):
+    path = Path(__file__).resolve().parent.parent / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+tiny_config = _load("_tiny").tiny_config
+
+
+def make_model(kind: str):
+    torch.manual_seed(0)
+    if kind == "gpt2":
+        config = transformers.GPT2Config(
+            vocab_size=50, n_embd=16, n_layer=2, n_head=2, n_positions=20,
+            bos_token_id=0, eos_token_id=0, pad_token_id=0,
+        )  # fmt: skip
+        return transformers.GPT2LMHeadModel(config).eval()
+    if kind == "mlm":
+        return transformers.AutoModelForMaskedLM.from_config(tiny_config()).eval()
+    config = tiny_config(num_labels=3)
+    return transformers.AutoModelForSequenceClassification.from_config(config).eval()
+
+
+def make_adapter(model, seed: int, density: float = 0.2) -> Adapter:
+    """Entries in every parameter: Linear and Conv1D, embeddings, LayerNorm, biases."""
+    generator = torch.Generator().manual_seed(seed)
+    index = ParameterIndex(model)
+    diffs = {}
+    for name in index.names:
+        mask = torch.rand(index.get(name).shape, generator=generator) < density
+        values = 0.1 * torch.randn(int(mask.sum()), generator=generator)
+        diffs[name] = SparseDiff.from_pattern(SparsePattern.from_mask(mask), values)
+    return Adapter(
+        diffs, name=f"a{seed}",
+        metadata=AdapterMetadata(fingerprint=fingerprint_model(model, index.names)),
+    )  # fmt: skip
+
+
+def batch_of(kind: str):
+    torch.manual_seed(1)
+    ids = torch.randint(5, 45, (4, 7))
+    mask = torch.ones_like(ids)
+    if kind != "gpt2":
+        ids[1, 5:], mask[1, 5:] = 1, 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+ROWS = [["sw", "nli"], "nli", None, {"sw": 0.5, "nli": -1.0}]
+
+
+def merged(model, adapters, which):
+    twin = copy.deepcopy(model)
+    if which:
+        Composer(twin, adapters).switch(which)
+    return twin
+
+
+@pytest.fixture(params=["gpt2", "mlm", "classifier"])
+def case(request):
+    model = make_model(request.param)
+    adapters = {"sw": make_adapter(model, 0), "nli": make_adapter(model, 1)}
+    return model, adapters, batch_of(request.param)
+
+
+def test_rows_equal_merged_models(case):
+    model, adapters, batch = case
+    state = {n: p.clone() for n, p in model.named_parameters()}
+    versions = [p._version for p in model.parameters()]
+    with SeparateComposer(model, adapters) as handle, torch.no_grad():
+        with handle.rows(ROWS):
+            got = model(**batch).logits
+        for row, which in enumerate(ROWS):
+            expected = merged(model, adapters, which)(**batch).logits[row]
+            torch.testing.assert_close(got[row], expected, rtol=1e-4, atol=1e-4)
+            with handle.using(which or []):
+                assert torch.equal(got[row], model(**batch).logits[row])
+    assert [p._version for p in model.parameters()] == versions
+    assert all(torch.equal(p, state[n]) for n, p in model.named_parameters())
+
+
+def test_gradients_equal_merged_models(case):
+    model, adapters, batch = case
+    embed = model.get_input_embeddings()
+    inputs = embed(batch["input_ids"]).detach()
+    others = {"attention_mask": batch["attention_mask"]}
+    leaf = inputs.clone().requires_grad_()
+    with SeparateComposer(model, adapters) as handle, handle.rows(ROWS):
+        model(inputs_embeds=leaf, **others).logits.square().sum().backward()
+    for row, which in enumerate(ROWS):
+        twin, alone = merged(model, adapters, which), inputs.clone().requires_grad_()
+        twin(inputs_embeds=alone, **others).logits[row].square().sum().backward()
+        torch.testing.assert_close(leaf.grad[row], alone.grad[row], rtol=1e-3, atol=1e-3)
+
+
+def test_training_under_checkpointing(case):
+    model, adapters, batch = case
+    model.train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+
+    def gradients(checkpointing):
+        model.zero_grad()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model(**batch).logits.square().sum().backward()
+        return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    with SeparateComposer(model, adapters) as handle, handle.rows(ROWS):
+        plain, again = gradients(False), gradients(True)
+    assert plain.keys() == again.keys()
+    for name, grad in plain.items():
+        torch.testing.assert_close(again[name], grad)
+
+
+def test_bf16_rows_are_as_close_as_merged_weights(case):
+    model, adapters, batch = case
+    low = copy.deepcopy(model).bfloat16()
+    with SeparateComposer(low, adapters) as handle, handle.rows(ROWS), torch.no_grad():
+        got = low(**batch).logits.float()
+    mine = theirs = 0.0
+    with torch.no_grad():
+        for row, which in enumerate(ROWS):
+            exact = merged(model, adapters, which)(**batch).logits[row]
+            mine += (got[row] - exact).square().sum()
+            theirs += (merged(low, adapters, which)(**batch).logits[row] - exact).square().sum()
+    assert mine <= 4 * theirs
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_generation(beams):
+    model = make_model("gpt2")
+    adapters = {n: make_adapter(model, i, 0.5) for i, n in enumerate(("sw", "nli"))}
+    ids = torch.randint(5, 45, (3, 4))
+    rows = ["sw", None, "nli"]
+    options = {"max_new_tokens": 4, "do_sample": False, "num_beams": beams, "pad_token_id": 0,
+               "eos_token_id": None, "attention_mask": torch.ones_like(ids)}  # fmt: skip
+    with SeparateComposer(model, adapters) as handle, handle.rows(rows, repeat=beams):
+        got = model.generate(ids, **options)
+    for row, which in enumerate(rows):
+        expected = merged(model, adapters, which).generate(ids, **options)[row]
+        assert torch.equal(got[row], expected)
+
+
+def test_an_adapter_of_the_bare_encoder_fits_under_a_head():
+    """Names without the model's prefix, and a language-model head that a classifier lacks."""
+    model = make_model("classifier")
+    masked = make_model("mlm")
+    language = make_adapter(masked, 3)
+    language = Adapter(language.diffs, name="sw")
+    batch = batch_of("classifier")
+    with SeparateComposer(model, {"sw": language}) as handle:
+        with handle.using("sw"), torch.no_grad():
+            got = model(**batch).logits
+        assert handle.skipped["sw"]
+    with torch.no_grad():
+        expected = merged(model, {"sw": language}, "sw")(**batch).logits
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
