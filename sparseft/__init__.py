@@ -14,7 +14,7 @@ from sparseft._version import __version__
 if TYPE_CHECKING:
     from sparseft.adapter import Adapter
     from sparseft.attachment import Attachment, attach, attachments_of
-    from sparseft.composition import Composer, compose_adapters, extract_adapter
+    from sparseft.composition import Composer, SeparateComposer, compose_adapters, extract_adapter
     from sparseft.diff import SparseDiff, SparsePattern
     from sparseft.errors import SparseFtError
     from sparseft.ops import backend
@@ -27,6 +27,7 @@ _EXPORTS = {
     "Adapter": "sparseft.adapter",
     "Attachment": "sparseft.attachment",
     "Composer": "sparseft.composition",
+    "SeparateComposer": "sparseft.composition",
     "SparseAdamW": "sparseft.optim",
     "SparseDiff": "sparseft.diff",
     "SparseFtError": "sparseft.errors",
@@ -47,6 +48,7 @@ __all__ = [
     "Adapter",
     "Attachment",
     "Composer",
+    "SeparateComposer",
     "SparseAdamW",
     "SparseDiff",
     "SparseFtError",

@@ -20,6 +20,7 @@ from sparseft.composition.overlap import Overlap, jaccard
 from sparseft.composition.registry import Part, Recipe, Rule, Term, methods, register_method
 from sparseft.composition.residency import Residency
 from sparseft.composition.ties import compose_ties
+from sparseft.composition.separate import SeparateComposer
 
 __all__ = [
     "Composer",
@@ -28,6 +29,7 @@ __all__ = [
     "Recipe",
     "Residency",
     "Rule",
+    "SeparateComposer",
     "Term",
     "compose_adapters",
     "compose_breadcrumbs",
