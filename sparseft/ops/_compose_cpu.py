@@ -18,8 +18,8 @@ adapters  entries  apply  apply, kept   restore  coo, there and back
 
 "Kept" finds the totals of the same coefficients still in the layout; all with ``out``, without it 2
 adapters take 20 ms longer and 8 take 100. Blocks of 4 Ki entries cost half as much again (Python),
-16 Ki to 256 Ki differ by a tenth for 2 adapters, and for 8 the larger win (32 Ki 361, 64 Ki 313, 256
-Ki 233). In L2, per entry: int64 ``index_select`` 0.4 ns, ``scatter_`` 0.5, ``scatter_add_`` 0.6,
+16 Ki to 256 Ki differ by a tenth for 2 adapters, and for 8 the larger win (32 Ki 361, 64 Ki 313,
+256 Ki 233). In L2, an entry: int64 ``index_select`` 0.4 ns, ``scatter_`` 0.5, ``scatter_add_`` 0.6,
 ``index_add_`` 0.9, ``index_copy_`` 1.3, ``put_`` 1.5, ``index_put_`` 2.0; boolean masks 9 and more.
 Two Python threads gained nothing: a call lasts tens of microseconds.
 
