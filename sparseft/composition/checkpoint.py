@@ -79,6 +79,8 @@ def merge_into_checkpoint(
     if target.exists() and not overwrite:
         raise FileExistsError(f"{target} exists already; pass overwrite=True or another folder.")
     named = load_named(adapters)
+    parts = adapters.values() if isinstance(adapters, Mapping) else adapters
+    _check_replaceable(target, [x for x in (model, *parts) if isinstance(x, str | os.PathLike)])
     given = as_coeffs(list(named), coeffs, named)
     recipe_of(method, options)  # unknown methods and options are told before anything is read
     if isinstance(model, nn.Module):
@@ -113,10 +115,27 @@ def merge_into_checkpoint(
     return target
 
 
+def _check_replaceable(target: Path, sources: Sequence[str | os.PathLike[str]]) -> None:
+    """Refuse to replace what is no folder, or a folder that something still needed lies in."""
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise CompositionError(f"{target} is a file; give a folder to write the checkpoint into.")
+    place = Path(os.path.realpath(target))
+    for source in [*sources, "."]:
+        path = Path(os.path.realpath(Path(source).expanduser()))
+        if path.exists() and path.is_relative_to(place):
+            what = "the working folder" if source == "." else f"{source}, which is read,"
+            raise CompositionError(
+                f"{target} would be replaced as a whole, but {what} lies in it; write to another "
+                "folder."
+            )
+
+
 @contextlib.contextmanager
 def _new_folder(target: Path) -> Iterator[Path]:
     """Give a hidden folder that takes the place of ``target`` when the block ends without error."""
-    target = Path(os.path.abspath(target))
+    target = Path(os.path.realpath(target))  # a link stays a link
     target.parent.mkdir(parents=True, exist_ok=True)
     tag = secrets.token_hex(6)
     temporary = target.with_name(f".{target.name}.{tag}.tmp")

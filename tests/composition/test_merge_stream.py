@@ -14,8 +14,7 @@ from safetensors.torch import load_file, save_file
 from sparseft import Adapter, Composer, SparseDiff
 from sparseft.adapter import AdapterMetadata
 from sparseft.composition import merge_into_checkpoint, methods
-from sparseft.composition import stream as stream_module
-from sparseft.errors import BaseMismatchError, CompositionError, UnknownNameError
+from sparseft.errors import CompositionError
 from sparseft.modules import ParameterIndex, fingerprint_model
 
 transformers = pytest.importorskip("transformers")
@@ -285,87 +284,6 @@ class TestHeads:
             merge_into_checkpoint(
                 tmp_path / "base", [change(model, 0), whole], None, tmp_path / "out"
             )
-
-
-class TestRefusals:
-    @pytest.fixture
-    def base(self, tmp_path):
-        make().save_pretrained(tmp_path / "base")
-        return tmp_path / "base"
-
-    def refused(self, base, adapters, match, error=CompositionError, coeffs=None, **options):
-        out = base.parent / "out"
-        with pytest.raises(error, match=match):
-            merge_into_checkpoint(base, adapters, coeffs, out, **options)
-        assert not out.exists()
-        assert not [p for p in base.parent.iterdir() if p.name.startswith(".")]
-
-    def test_another_base_before_anything_is_written(self, base, monkeypatch):
-        torch.manual_seed(7)
-        other = transformers.BertForMaskedLM(config())
-        monkeypatch.setattr(stream_module, "write_safetensors", lambda *a: pytest.fail("written"))
-        self.refused(base, [change(other, 0)], r"made on another base \(tiny\)", BaseMismatchError)
-
-    def test_set_entries_that_contradict(self, base):
-        model = make()
-        both = [change(model, 0, mode="set"), change(model, 1, mode="set")]
-        self.refused(base, both, "both replace entry")
-        self.refused(base, both[:1], "has no meaning", coeffs=0.5)
-
-    def test_a_sum_that_overflows(self, tmp_path):
-        make(dtype=torch.float16).save_pretrained(tmp_path / "base")
-        model = make(dtype=torch.float16)
-        self.refused(tmp_path / "base", [change(model, 0)], "overflows", coeffs=1e6)
-
-    def test_unknown_method_and_option(self, base):
-        self.refused(
-            base, [change(make(), 0)], "no composition method", UnknownNameError, method="t"
-        )
-        self.refused(base, [change(make(), 0)], "no option 'x'", UnknownNameError, x=1)
-
-    def test_config_of_another_size(self, base):
-        content = json.loads((base / "config.json").read_text())
-        (base / "config.json").write_text(json.dumps({**content, "intermediate_size": 13}))
-        adapter = change(make(), 0, names=(EMBED,))
-        self.refused(base, [adapter], "do not belong together", BaseMismatchError)
-
-    def test_quantised_base(self, base):
-        content = json.loads((base / "config.json").read_text())
-        content["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_8bit": True}
-        (base / "config.json").write_text(json.dumps(content))
-        self.refused(base, [change(make(), 0)], "is quantised")
-
-    def test_integers_under_a_diff(self, base):
-        state = load_file(base / "model.safetensors")
-        state[OUTPUT] = torch.ones(8, 12, dtype=torch.int8)
-        save_file(state, base / "model.safetensors", {"format": "pt"})
-        adapter = change(make(), 0, names=(OUTPUT,))
-        self.refused(base, [adapter], "is I8", check_base=False)
-
-    def test_no_config_and_no_weights(self, base):
-        (base / "model.safetensors").unlink()
-        self.refused(base, [change(make(), 0)], "no weights in")
-        (base / "config.json").unlink()
-        self.refused(base, [change(make(), 0)], "no config.json")
-
-    def test_a_full_disk(self, base, monkeypatch):
-        monkeypatch.setattr(
-            stream_module.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 8, 1)
-        )
-        self.refused(base, [change(make(), 0)], "1 B free")
-
-    def test_a_failure_in_the_middle_leaves_the_old_folder(self, base, monkeypatch):
-        out = merge_into_checkpoint(base, [change(make(), 0)], None, base.parent / "out")
-        before = {p.name: p.read_bytes() for p in out.iterdir()}
-
-        def torn(*given):
-            raise OSError(28, "No space left on device")
-
-        monkeypatch.setattr(stream_module, "compose_into_", torn)
-        with pytest.raises(OSError, match="No space left"):
-            merge_into_checkpoint(base, [change(make(), 1)], None, out, overwrite=True)
-        assert {p.name: p.read_bytes() for p in out.iterdir()} == before
-        assert sorted(p.name for p in base.parent.iterdir()) == ["base", "out"]
 
 
 class TestBeside:
