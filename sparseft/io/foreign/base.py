@@ -96,8 +96,13 @@ class Base:
             return
         files = [folder / "model.safetensors"]
         if (folder / _INDEX).is_file():
-            table = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
-            files = [folder / Path(str(n)).name for n in sorted(set(table["weight_map"].values()))]
+            try:
+                table = json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"]
+                files = [folder / Path(name).name for name in sorted(set(table.values()))]
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as bad:
+                raise AdapterFormatError(
+                    f"base: {folder / _INDEX} is damaged ({type(bad).__name__})."
+                ) from None
         if not all(f.is_file() for f in files):
             files = [f for f in (folder / "pytorch_model.bin",) if f.is_file()]
         if files:

@@ -14,6 +14,10 @@ the two ``body`` and ``head``.
 Written here with plain Python integers throughout: its own loader sums those as well, and they pass
 ``weights_only``, which its own files do not. Its loader sums in 32 bits, so parameters of 2**31
 entries and more are refused (it would read wrong positions, silently).
+
+Loading is bound by torch's restricted unpickler, which reads the lists of steps in Python: 4.6 of
+5.6 s for 7.7 million entries on one CPU core, where the same adapter in our format takes 0.06 s.
+Convert what is loaded often.
 """
 
 from __future__ import annotations

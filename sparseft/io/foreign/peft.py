@@ -184,7 +184,8 @@ def check_writable(
                 f"{name!r} belongs to {kind or 'an embedding'}, but {title} changes only the "
                 f"weights of nn.Linear. {exclude}"
             )
-    if not any(adapter.header(name).nnz for name in adapter.names):
+    heads = not matrices and adapter.dense
+    if not heads and not any(adapter.header(name).nnz for name in adapter.names):
         raise AdapterFormatError(f"adapter {adapter.name!r} has no entries to write.")
 
 

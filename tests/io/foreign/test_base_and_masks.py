@@ -100,6 +100,11 @@ def test_what_is_no_base(tmp_path: Path):
         foreign.Base(tmp_path)
     with pytest.raises(TypeError, match="base is int"):
         foreign.Base(3)
+    for text in ("{", "{}", '{"weight_map": [1]}', '{"weight_map": {"a": 1}}'):
+        (tmp_path / "model.safetensors.index.json").write_text(text)
+        with pytest.raises(AdapterFormatError, match=r"index\.json is damaged"):
+            foreign.Base(tmp_path)
+    (tmp_path / "model.safetensors.index.json").unlink()
     (tmp_path / "model.safetensors").write_bytes(b"x" * 100)
     with pytest.raises(AdapterFormatError, match="is damaged"):
         foreign.Base(tmp_path)

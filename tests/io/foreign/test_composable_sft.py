@@ -7,6 +7,7 @@ import pickle
 import warnings
 import zipfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,33 @@ def test_the_original_reads_what_is_written(deltas: dict[str, Tensor], tmp_path:
     assert Adapter.load(tmp_path / "out").equals(adapter)
     with pytest.raises(FileExistsError):
         foreign.write(adapter, tmp_path / "out", "composable-sft")
+
+
+@pytest.mark.parametrize(
+    "shape", [(), (0,), (1,), (7,), (5, 0, 2), (1, 9), (9, 1), (3, 4, 5, 2)], ids=str
+)
+@pytest.mark.parametrize("density", [0.0, 0.4, 1.0])
+def test_any_shape_there_and_back(tmp_path: Path, shape: tuple[int, ...], density: float):
+    rng = torch.Generator().manual_seed(len(shape))
+    mask = torch.rand(shape, generator=rng) < density
+    adapter = Adapter({"w": SparseDiff.from_dense(torch.randn(shape, generator=rng), mask)})
+    if shape:  # numpy has no positions in a scalar
+        encoded = {"diffs": {"w": encode(adapter["w"].to_dense())}, "abs": {}}
+        assert Adapter.load(save(tmp_path / "theirs", encoded)).equals(adapter)
+    with_head = Adapter(dict(adapter.items()), dense={"h": torch.ones(1)})
+    foreign.write(with_head, tmp_path / "ours", "composable-sft")
+    assert Adapter.load(tmp_path / "ours").equals(with_head)
+    if not adapter.nnz:
+        with pytest.raises(AdapterFormatError, match="no entries to write"):
+            foreign.write(adapter, tmp_path / "none", "composable-sft")
+
+
+def test_several_threads_read_at_once(tmp_path: Path, deltas: dict[str, Tensor]):
+    content = {"diffs": {n: encode(d) for n, d in deltas.items()}, "abs": {}}
+    folders = [save(tmp_path / str(i), content) for i in range(8)]
+    with ThreadPoolExecutor(4) as pool:
+        loaded = list(pool.map(Adapter.load, folders * 4))
+    assert all(adapter.equals(loaded[0]) for adapter in loaded)
 
 
 def test_writing_refuses_what_the_original_would_misread(tmp_path: Path):

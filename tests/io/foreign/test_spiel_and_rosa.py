@@ -79,6 +79,29 @@ def test_the_base_is_found_by_the_configuration(
     assert Adapter.load(folder / "adapter_model.safetensors").equals(adapter)
 
 
+def test_a_base_in_the_cache_of_downloads_is_found_by_name(
+    linear_adapter: Adapter,
+    base: Path,
+    peft_folder: Folder,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    from huggingface_hub import constants
+
+    repository = tmp_path / "hub" / "models--org--tiny"
+    snapshot = repository / "snapshots" / ("a" * 40)
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("a" * 40)
+    (snapshot / "config.json").write_bytes((base / "config.json").read_bytes())
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    config, tensors = spiel(linear_adapter, base_model_name_or_path="org/tiny")
+    folder = peft_folder(config, tensors)
+    assert Adapter.load(folder).names == linear_adapter.names
+    assert Adapter.load(folder).metadata.base_name == "org/tiny"
+    assert Adapter.from_pretrained(folder).equals(Adapter.load(folder))
+
+
 @pytest.mark.parametrize(
     ("named", "why"),
     [
