@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from sparseft.adapter import Adapter
 from sparseft.cli.main import BAD_INPUT, OK, main
 from sparseft.diff import SparseDiff
-from sparseft.io import foreign
+from sparseft.io import foreign, hub
 from sparseft.selection import Masks
 
 QUERY = "roberta.encoder.layer.0.attention.self.query"
@@ -126,6 +126,25 @@ def test_masks(base: Path, tiny: ModuleType, tmp_path: Path, capsys: pytest.Capt
     words = ("--base", base, "--tuned", tuned)
     assert run(tmp_path / "masks.pt", tmp_path / "made", *words) == OK
     assert Adapter.load(tmp_path / "made").nnz == 16
+
+
+def test_a_name_on_the_hub_is_downloaded_unless_it_is_a_path_here(
+    adapter: Adapter, sft: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Through a cache of downloads, whose folders are called after commits."""
+    snapshot = tmp_path / "models--org--swahili-sft" / "snapshots" / ("a" * 40)
+    snapshot.mkdir(parents=True)
+    sft.joinpath("pytorch_diff.bin").rename(snapshot / "pytorch_diff.bin")
+    asked = []
+    monkeypatch.setattr(hub, "download_adapter", lambda name: asked.append(name) or snapshot)
+    monkeypatch.chdir(tmp_path)
+    assert run("org/swahili-sft", "out") == OK
+    assert asked == ["org/swahili-sft"]
+    assert Adapter.load("out").equals(adapter)
+    assert Adapter.load("out").name == "swahili-sft"
+    (tmp_path / "org").mkdir()
+    assert run("org/swahili-sft", "out2") == BAD_INPUT
+    assert len(asked) == 1
 
 
 @pytest.mark.parametrize(
