@@ -123,8 +123,10 @@ def extract_adapter(
         density=density,
         extra={"extracted": noted},
     )
-    title = name or Path(shown_name(tuned)).name
-    return Adapter(diffs, name=title, dense=heads, metadata=metadata)
+    title = Path(shown_name(tuned)).name
+    for suffix in (".safetensors", ".bin"):
+        title = title.removesuffix(suffix)
+    return Adapter(diffs, name=name or title, dense=heads, metadata=metadata)
 
 
 Found = Iterator[tuple[Pair, SparseDiff, TensorFingerprint]]
@@ -133,12 +135,10 @@ Found = Iterator[tuple[Pair, SparseDiff, TensorFingerprint]]
 def _all_entries(before: Side, after: Side, pairs: list[Pair], mode: Mode) -> Found:
     """Yield the diff of every tensor that differs anywhere."""
     for pair in pairs:
-        if before.files.same_bytes(pair.base, after.files, pair.tuned):
-            continue
-        theta0, theta1 = before.files.read(pair.base), after.files.read(pair.tuned)
-        indices = _differing(theta1, theta0)
-        if indices.numel():
-            yield pair, _diff(pair, indices, theta1, theta0, mode), _print(pair, theta0)
+        if not before.files.same_bytes(pair.base, after.files, pair.tuned):
+            found = _take(before, after, pair, None, mode)
+            if found is not None:
+                yield found
 
 
 def _largest_entries(before: Side, after: Side, pairs: list[Pair], mode: Mode, count: int) -> Found:
@@ -155,12 +155,24 @@ def _largest_entries(before: Side, after: Side, pairs: list[Pair], mode: Mode, c
     for pair in pairs:
         indices = patterns[pair.name].indices
         if indices.numel():
-            theta0, theta1 = before.files.read(pair.base), after.files.read(pair.tuned)
-            yield pair, _diff(pair, indices, theta1, theta0, mode), _print(pair, theta0)
+            found = _take(before, after, pair, indices, mode)
+            if found is not None:
+                yield found
 
 
-def _print(pair: Pair, theta0: Tensor) -> TensorFingerprint:
-    return fingerprint_tensor(pair.name, theta0)
+def _take(
+    before: Side, after: Side, pair: Pair, indices: Tensor | None, mode: Mode
+) -> tuple[Pair, SparseDiff, TensorFingerprint] | None:
+    """Read both tensors and take the entries ``indices``, or those that differ; None without any.
+
+    The tensors are let go of on return, before the next two are read.
+    """
+    theta0, theta1 = before.files.read(pair.base), after.files.read(pair.tuned)
+    indices = _differing(theta1, theta0) if indices is None else indices
+    if not indices.numel():
+        return None
+    diff = _diff(pair, indices, theta1, theta0, mode)
+    return pair, diff, fingerprint_tensor(pair.name, theta0)
 
 
 def _differing(theta1: Tensor, theta0: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -188,11 +188,8 @@ class StreamedMerge:
                 and (whole := self.chosen[i].adapter.metadata.fingerprint) is not None
                 and (print_ := whole.tensors.get(own)) is not None
             ]
-            tensor = self.files.read(first) if wanted else None
-            prints: dict[str, TensorFingerprint] = {}
+            prints = self._fingerprints(first, {own for _, own, _ in wanted})
             for loaded, own, print_ in wanted:
-                if own not in prints and tensor is not None:
-                    prints[own] = fingerprint_tensor(own, tensor)  # the name seeds the samples
                 verdict = compare(print_, prints[own])
                 if verdict == "different":
                     base = loaded.adapter.metadata.base_name
@@ -209,6 +206,13 @@ class StreamedMerge:
                 "adapter %r: %d base tensors are a cast of those it was made on (%s): accepted",
                 adapter, len(names), names[0],
             )  # fmt: skip
+
+    def _fingerprints(self, home: str, names: Collection[str]) -> dict[str, TensorFingerprint]:
+        """Return one tensor's fingerprints under the names that adapters have for it: they seed the
+        samples. The tensor is let go of on return, before the next is read.
+        """
+        tensor = self.files.read(home) if names else None
+        return {} if tensor is None else {own: fingerprint_tensor(own, tensor) for own in names}
 
     # What the files will hold.
 
@@ -303,7 +307,12 @@ class StreamedMerge:
             )
         table: dict[str, str] = {}
         for shard, infos in self.layout:
-            file = _written_name(shard.file.name)
+            file = shard.file.name
+            # Shards keep their names; a single file gets that which from_pretrained looks for.
+            if self.files.index is None:
+                file = "model.safetensors"
+            elif not file.endswith(".safetensors"):
+                file = f"{file.removesuffix('.bin').replace('pytorch_model', 'model')}.safetensors"
             ordered = aligned(infos)
             if ordered:
                 write_safetensors(folder / file, ordered, shard.metadata, self._contents)
@@ -341,13 +350,6 @@ class StreamedMerge:
         """Adapter -> its tensors that have no place in the model."""
         pairs = zip(self.chosen, self.fits, strict=True)
         return {loaded.name: fit.skipped for loaded, fit in pairs if fit.skipped}
-
-
-def _written_name(file: str) -> str:
-    """Return the name of the safetensors file that takes the place of a base's file."""
-    if file.endswith(".safetensors"):
-        return file
-    return file.removesuffix(".bin").replace("pytorch_model", "model") + ".safetensors"
 
 
 @torch.no_grad()

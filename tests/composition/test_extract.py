@@ -133,6 +133,7 @@ class TestRoundTrip:
         base, tuned = folders
         alone = extract_adapter(base / "model.safetensors", tuned / "model.safetensors")
         assert alone.equals(extract_adapter(base, tuned))
+        assert alone.name == "model"
 
     def test_the_same_weights(self, folders):
         base, _ = folders

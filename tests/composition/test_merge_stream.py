@@ -173,6 +173,15 @@ class TestPickles:
         assert raw(stored(out)[EMBED]) == raw(stored(out)["cls.predictions.decoder.weight"])
 
 
+def test_one_file_by_another_name(tmp_path):
+    model = make()
+    model.save_pretrained(tmp_path / "base")
+    (tmp_path / "base" / "model.safetensors").rename(tmp_path / "base" / "weights.safetensors")
+    out = merge_into_checkpoint(tmp_path / "base", [change(model, 0)], None, tmp_path / "out")
+    assert sorted(layout(out)) == ["model.safetensors"]
+    transformers.AutoModelForMaskedLM.from_pretrained(out)
+
+
 class TestTied:
     def test_copies_that_differ(self, tmp_path):
         model = make()
