@@ -27,7 +27,7 @@ from sparseft.modules import Holder
 from sparseft.modules.storage_stack import holders, pop, push, require_top
 from sparseft.ops import gather_entries
 
-__all__ = ["Composition", "Moved", "Placement"]
+__all__ = ["Change", "Composition", "Placement"]
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Composition:
         return tuple(self.digests[i] for i in sorted(ordinals) if coeffs[i])
 
 
-class Moved(NamedTuple):
+class Change(NamedTuple):
     """What a change of the composition did to the model.
 
     Args:
@@ -187,7 +187,7 @@ class Placement:
         target: Composition,
         parameters: Mapping[str, nn.Parameter],
         based: Collection[str] = (),
-    ) -> Moved:
+    ) -> Change:
         """Take off what lies on the model and put ``target`` on; call `require_top` first.
 
         Args:
@@ -213,7 +213,7 @@ class Placement:
             for name, (ordinal, tensor) in target.dense.items():
                 written += self._put_dense(name, parameters[name], ordinal, tensor, target, undo)
             self.composition = target
-        return Moved(restored, written, reweighted)
+        return Change(restored, written, reweighted)
 
     def _can_reweight(self, target: Composition, parameters: Mapping[str, nn.Parameter]) -> bool:
         """Whether the same entries are to be written, so that what is saved can stay."""

@@ -13,6 +13,7 @@ from sparseft.composition.registry import Combine, Part, Recipe, Rule, Term
 from sparseft.diff import Mode, SparseDiff
 from sparseft.errors import CompositionError
 from sparseft.ops._common import accumulation_dtype, bits
+from sparseft.ops._compose_cpu import CpuLayout
 from sparseft.ops.combine import combine
 from sparseft.ops.packed import PackedTerm, PackedUnion
 from sparseft.ops.union import union_of
@@ -130,6 +131,7 @@ class UnionPlan(Mapping[str, TensorPlan]):
         self._plans = dict(plans)
         self._adapters = adapters
         self._packed: dict[tuple[str, ...], PackedUnion] = {}
+        self._blocks: dict[str, CpuLayout] = {}
 
     def __getitem__(self, name: str) -> TensorPlan:
         return self._plans[name]
@@ -144,6 +146,14 @@ class UnionPlan(Mapping[str, TensorPlan]):
     def entries(self) -> int:
         """Entries of all unions together."""
         return sum(plan.indices.numel() for plan in self._plans.values())
+
+    def blocks(self, name: str) -> CpuLayout:
+        """Return the CPU path's layout of a parameter whose parts all add; built once."""
+        if name not in self._blocks:
+            plan = self._plans[name]
+            shares = [(s.values, s.positions) for s in plan.shares]
+            self._blocks[name] = CpuLayout.of(plan.indices, shares)
+        return self._blocks[name]
 
     def packed(self, names: tuple[str, ...]) -> PackedUnion:
         """Return the kernels' layout of some parameters of one device; built once."""

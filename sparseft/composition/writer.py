@@ -17,7 +17,7 @@ from sparseft.composition.plan import TensorPlan, UnionPlan
 from sparseft.composition.registry import Rule
 from sparseft.composition.witness import Witness
 from sparseft.errors import CompositionError
-from sparseft.ops import gather_entries, sum_entries, write_entries_, write_sum_
+from sparseft.ops import _compose_cpu, gather_entries, sum_entries, write_entries_, write_sum_
 from sparseft.ops.compose import (
     STATE,
     capture_many,
@@ -85,7 +85,7 @@ class TensorWriter:
         self.names: tuple[str, ...] = (name,)
         self.parameters: tuple[nn.Parameter, ...] = (parameter,)
         self.indices: tuple[Tensor, ...] = (plan.indices,)
-        self._captured = 0
+        self._done = [0]  # entries captured: those may be put back
         self._saved = torch.empty(
             plan.indices.shape, dtype=parameter.dtype, device=plan.indices.device
         )
@@ -94,7 +94,7 @@ class TensorWriter:
 
     @property
     def captured(self) -> bool:
-        return self._captured > 0
+        return self._done[0] == self._saved.numel()
 
     def write(self, composition: Composition) -> None:
         """Write base + combined diffs over the saved entries, which are captured first if need be.
@@ -103,14 +103,24 @@ class TensorWriter:
             CompositionError: a sum that the dtype cannot hold.
         """
         name, weight = self.names[0], self.parameters[0]
-        plan = composition.plans[name]
+        plan, fresh = composition.plans[name], not self.captured
         indices = plan.indices.to(weight.device)
-        if not self._captured:
-            self._saved.copy_(gather_entries(weight.detach(), indices))
-            self._captured = 1
-        saved = self._saved.to(weight.device)
         self._written = None
-        base, total = plan.total(saved, composition.ordered_coeffs(), composition.rule())
+        coeffs = composition.ordered_coeffs()
+        if self._in_blocks(weight, composition, coeffs):
+            layout = composition.plans.blocks(name)
+            own = [coeffs[s.ordinal] for s in plan.shares]
+            if fresh:
+                _compose_cpu.apply(weight, layout, own, out=self._saved, done=self._done)
+            else:
+                _compose_cpu.rewrite(weight, layout, self._saved, own)
+            self._written = Witness.of(weight, indices)
+            return
+        if fresh:
+            self._saved.copy_(gather_entries(weight.detach(), indices))
+            self._done[0] = self._saved.numel()
+        saved = self._saved.to(weight.device)
+        base, total = plan.total(saved, coeffs, composition.rule())
         if total is None:
             write_entries_(weight, indices, base.to(weight.dtype))
         else:
@@ -123,10 +133,24 @@ class TensorWriter:
             write_sum_(weight, indices, base, total)
         self._written = Witness.of(weight, indices)
 
+    def _in_blocks(self, weight: Tensor, composition: Composition, coeffs: list[float]) -> bool:
+        """Whether the CPU's fast path serves: plain sums that cannot overflow."""
+        plan = composition.plans[self.names[0]]
+        if weight.dtype == torch.float16 or not _compose_cpu.suits(weight, composition.rule()):
+            return False
+        if any(s.mode == "set" for s in plan.shares) or self._saved.device != weight.device:
+            return False
+        own = [coeffs[s.ordinal] for s in plan.shares]
+        return composition.plans.blocks(self.names[0]).surely_finite(own)
+
     def restore(self) -> None:
-        """Write the saved bits back."""
-        if self._captured:
-            put_back(self.parameters[0], self.indices[0], self._saved)
+        """Write the saved bits back, as far as they were captured."""
+        done, weight = self._done[0], self.parameters[0]
+        indices, saved = self.indices[0][:done], self._saved[:done]
+        if weight.device.type == "cpu" and saved.device == indices.device == weight.device:
+            _compose_cpu.restore(weight, indices, saved)
+        elif done:
+            put_back(weight, indices, saved)
 
     def changed(self) -> list[str]:
         """Return the names of parameters that no longer hold what was written."""

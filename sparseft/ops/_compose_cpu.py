@@ -137,7 +137,12 @@ def suits(weight: Tensor, rule: object) -> bool:
 
 
 def apply(
-    weight: Tensor, layout: CpuLayout, coeffs: Sequence[float], *, out: Tensor | None = None
+    weight: Tensor,
+    layout: CpuLayout,
+    coeffs: Sequence[float],
+    *,
+    out: Tensor | None = None,
+    done: list[int] | None = None,
 ) -> Tensor:
     """Write ``rn(weight[idx] + sum_i coeff_i * value_i)`` and return what it overwrote.
 
@@ -148,24 +153,29 @@ def apply(
         coeffs: one per share; those with 0 are left out. All 0: nothing is written.
         out: (size,) in the weight's dtype, to hold the saved entries; None: new. Memory that was
             used before spares the page faults of new memory, a fifth of the time.
+        done: its one number becomes that of the entries captured so far, before any of them is
+            written: whoever gives it restores those after an exception. None: done here.
 
     Returns:
         (size,) saved entries in the weight's dtype, for `restore` and `rewrite`.
 
-    An exception in the middle (Ctrl-C) leaves the weight as it was.
+    An exception in the middle (Ctrl-C) leaves the weight as it was, unless ``done`` is given.
     """
     weight = weight.detach()
     if not weight.is_contiguous():
         saved = gather_entries(weight, layout.indices, backend="reference")
         saved = saved if out is None else out.copy_(saved)
+        if done is not None:
+            done[0] = saved.numel()
         rewrite(weight, layout, saved, coeffs)
         return saved
     saved = weight.new_empty(layout.indices.shape) if out is None else out
-    done = [0]
+    captured = [0] if done is None else done
     try:
-        _write(weight, layout, saved, coeffs, done)
+        _write(weight, layout, saved, coeffs, captured)
     except BaseException:
-        restore(weight, layout.indices[: done[0]], saved[: done[0]])
+        if done is None:
+            restore(weight, layout.indices[: captured[0]], saved[: captured[0]])
         raise
     return saved
 

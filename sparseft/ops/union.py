@@ -62,7 +62,7 @@ def _by_sorting(lists: Sequence[np.ndarray]) -> tuple[np.ndarray, list[np.ndarra
 def _by_marks(lists: Sequence[np.ndarray], span: int) -> tuple[np.ndarray, list[np.ndarray]]:
     total = sum(map(len, lists))
     union = np.empty(min(total, span), dtype=lists[0].dtype)
-    places = [np.empty(len(x), dtype=_place_dtype(total)) for x in lists]
+    places: list[np.ndarray] = [np.empty(len(x), dtype=_place_dtype(total)) for x in lists]
     marks = np.zeros(_PIECE, dtype=bool)
     rank = np.empty(_PIECE, dtype=places[0].dtype)
     edges = np.arange(0, span + _PIECE, _PIECE, dtype=np.int64)

@@ -13,6 +13,7 @@ from sparseft.composition import placement
 from sparseft.errors import StackOrderError
 from sparseft.modules import bottom_value
 from sparseft.modules.storage_stack import holders, parents_of
+from sparseft.ops import _compose_cpu
 
 
 class Broken(RuntimeError):
@@ -45,11 +46,19 @@ def all_holders(model):
     return {n: holders(p) for n, p in model.named_parameters()}
 
 
-WRITERS = ("gather_entries", "write_sum_", "write_entries_", "pop", "push")
+PLAIN = ("gather_entries", "write_sum_", "write_entries_")  # of the way every device has
+BLOCKS = ("apply", "rewrite", "restore", "_add_up")  # of the CPU's
+WRITERS = (*PLAIN, *BLOCKS, "pop", "push")
 
 
-def module_of(function: str):
-    return placement if function in ("pop", "push") else writer_module
+def module_of(function: str, monkeypatch):
+    if function in ("pop", "push"):
+        return placement
+    if function in BLOCKS:
+        return _compose_cpu
+    monkeypatch.setattr(_compose_cpu, "suits", lambda *args: False)
+    monkeypatch.setattr(_compose_cpu, "restore", writer_module.put_back)
+    return writer_module
 
 
 @pytest.mark.parametrize("writer", WRITERS)
@@ -70,7 +79,7 @@ def test_failure_at_any_step(
 ):
     composer.switch(start)
     before, stacks = snapshot(composer.model), all_holders(composer.model)
-    module = module_of(writer)
+    module = module_of(writer, monkeypatch)
     real = getattr(module, writer)
     calls = 0
     with monkeypatch.context() as counting:
@@ -94,7 +103,7 @@ def test_failure_at_any_step(
             left -= 1
             if left == -1 and not done:
                 done = True
-                if writer.startswith("write"):
+                if writer.startswith(("write", "apply", "re")):
                     real(*args, **kwargs)  # the write happened, then the signal came
                 raise interrupt("injected")
             return real(*args, **kwargs)
@@ -113,18 +122,20 @@ def test_failure_at_any_step(
     assert composer.active == active
 
 
-def test_some_step_is_reached(composer, monkeypatch):
-    """The grid above would pass by never failing: every writer is called by some change."""
+@pytest.mark.parametrize("functions", [PLAIN, BLOCKS], ids=["plain", "blocks"])
+def test_some_step_is_reached(composer, monkeypatch, functions):
+    """The grid above would pass by never failing: every function is called by some change."""
     seen = set()
-    for writer in WRITERS:
-        module = module_of(writer)
-        real = getattr(module, writer)
+    for function in (*functions, "pop", "push"):
+        module = module_of(function, monkeypatch)
+        real = getattr(module, function)
         monkeypatch.setattr(
-            module, writer, lambda *a, _w=writer, _r=real, **k: (seen.add(_w), _r(*a, **k))[1]
+            module, function, lambda *a, _w=function, _r=real, **k: (seen.add(_w), _r(*a, **k))[1]
         )
     composer.switch(["a", "b"])
+    composer.switch({"a": 0.5, "b": 1})
     composer.revert()
-    assert seen == set(WRITERS)
+    assert seen == {*functions, "pop", "push"}
 
 
 class TestStack:
