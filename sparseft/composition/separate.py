@@ -55,21 +55,15 @@ class SeparateComposer:
 
     Example:
         >>> import torch
-        >>> from sparseft import Adapter, SparseDiff
-        >>> from sparseft.composition import SeparateComposer
+        >>> from sparseft import Adapter, SeparateComposer, SparseDiff
         >>> layer = torch.nn.Linear(2, 1, bias=False)
         >>> change = SparseDiff.from_dense(torch.tensor([[0.0, 2.0]]))
         >>> separate = SeparateComposer(layer, {"a": Adapter({"weight": change})})
-        >>> x = torch.ones(2, 2)
-        >>> with separate.rows(["a", None]), torch.no_grad():
-        ...     moved = (layer(x) - layer(x[:1])).tolist()
-        Traceback (most recent call last):
-        sparseft.errors.CompositionError: rows(...) was given 2 compositions for a batch of 1 rows \
-(input of shape (1, 2)); give one per row.
-        >>> with separate.rows(["a", None]):
+        >>> x = torch.ones(3, 2)
+        >>> with separate.rows(["a", None, {"a": 0.5}]):
         ...     moved = layer(x) - x @ layer.weight.T
         >>> moved.round().tolist()
-        [[2.0], [0.0]]
+        [[2.0], [0.0], [1.0]]
 
     `using` and `rows` hold for the context they are entered in (thread, or asyncio task), so that
     threads that serve different requests do not disturb each other; `switch` holds wherever neither

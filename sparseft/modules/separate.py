@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -140,8 +141,16 @@ class Delta:
         if self.replaced is not None:
             wide = torch.promote_types(base.dtype, torch.float32)
             return self.replaced.to(base.device, wide) - base.detach().to(wide)
+        return self._spread if isinstance(self.values, Tensor) else self._spread_out()
+
+    def _spread_out(self) -> Tensor:
         values = self.now()
         return values.new_zeros(self.shape).index_put((self.indices.long(),), values)
+
+    # One address for good: the kernels' tables are kept by address.
+    @cached_property
+    def _spread(self) -> Tensor:
+        return self._spread_out()
 
 
 Blend = Mapping[str, Delta]  # one composition: canonical parameter name -> its delta
@@ -167,6 +176,8 @@ class Applied:
         self.names = sorted({name for blend in blends for name in blend})
         self._groups: dict[Site, list[_Group]] = {}
         self._orders: dict[tuple[Any, ...], tuple[RowGroups, list[Tensor]]] = {}
+        self._places: dict[tuple[Any, ...], Tensor] = {}
+        self._empty: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     @property
     def batch(self) -> int | None:
@@ -214,6 +225,24 @@ class Applied:
             each = [torch.tensor(r, dtype=torch.long).to(device) for r in rows]
             self._orders[key] = made, each
         return self._orders[key]
+
+    def group_of(self, rows: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
+        """Return (batch,) the group of each row; the number of groups for rows of none."""
+        key = (rows, device)
+        if key not in self._places:
+            at = [len(rows)] * (self.batch or 0)
+            for place, group in enumerate(rows):
+                for row in group:
+                    at[row] = place
+            self._places[key] = torch.tensor(at).to(device)
+        return self._places[key]
+
+    def nothing(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return indices and values of a diff without entries, always the same tensors."""
+        if device not in self._empty:
+            none = torch.empty(0, device=device)
+            self._empty[device] = none.int(), none
+        return self._empty[device]
 
 
 class Site:
@@ -295,10 +324,10 @@ class Site:
         transposed = self.kind == "conv1d"
         inner, outer = x3.shape[-1], y3.shape[-1]
         rows, cols = (inner, outer) if transposed else (outer, inner)
-        none = torch.empty(0, device=x3.device)
+        no_indices, none = applied.nothing(x3.device)
         values = [none if g.weight is None else g.weight.now().to(x3.device) for g in groups]
         indices = [
-            none.int() if g.weight is None else g.weight.indices.to(x3.device) for g in groups
+            no_indices if g.weight is None else g.weight.indices.to(x3.device) for g in groups
         ]
         biases: list[Tensor] = []
         if any(g.bias is not None for g in groups):
@@ -394,11 +423,7 @@ class Site:
             if whole or batch is None:
                 change = table[0]
             else:
-                at = [len(groups)] * batch
-                for place, group in enumerate(groups):
-                    for row in group.rows:
-                        at[row] = place
-                places = torch.tensor(at).to(y.device)
+                places = applied.group_of(tuple(g.rows for g in groups), y.device)
                 change = torch.stack([*table, zeros])[places][:, None]
             out = out + (change if factor is None else factor * change)
         return out.to(y.dtype).view(y.shape)

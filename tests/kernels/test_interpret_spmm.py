@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
-from sparseft import ops
+from sparseft import Adapter, SeparateComposer, ops
 from sparseft.diff import SparseDiff, SparsePattern
 from sparseft.ops import RowGroups
 from sparseft.ops.spmm import segment_spmm, spmm_reference
@@ -182,3 +183,26 @@ def test_embedding_rows_have_the_bits_of_the_definition(groups, dtype, device):
     assert torch.equal(looked_up, before)
     short = ops.embedding_diff(looked_up, ids.int(), diffs, rows=rows, backend="triton")
     assert torch.equal(short, expected)
+
+
+@pytest.mark.parametrize("device", LANES)
+def test_separate_mode_through_the_kernels(device):
+    model = nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 12), nn.LayerNorm(12), nn.Linear(12, 5))
+    adapters = {}
+    for name in "ab":
+        diffs = {
+            n: SparseDiff.from_dense(torch.randn(p.shape) * (torch.rand(p.shape) < 0.4) * 0.1)
+            for n, p in model.named_parameters()
+        }
+        adapters[name] = Adapter(diffs, name=name)
+    model, ids = model.to(device), torch.randint(0, 20, (4, 3), device=device)
+    found = []
+    with SeparateComposer(model, adapters) as handle:
+        for backend in ("reference", "triton"):
+            with ops.backend(backend), handle.rows(["a", None, "b", ["a", "b"]]):
+                out = model(ids)
+                out.square().sum().backward()
+            found.append([out.detach(), *(p.grad.clone() for p in model.parameters())])
+            model.zero_grad()
+    for theirs, mine in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs)
