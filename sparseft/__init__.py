@@ -14,7 +14,13 @@ from sparseft._version import __version__
 if TYPE_CHECKING:
     from sparseft.adapter import Adapter
     from sparseft.attachment import Attachment, attach, attachments_of
-    from sparseft.composition import Composer, SeparateComposer, compose_adapters, extract_adapter
+    from sparseft.composition import (
+        Composer,
+        SeparateComposer,
+        compose_adapters,
+        extract_adapter,
+        overlap_report,
+    )
     from sparseft.diff import SparseDiff, SparsePattern
     from sparseft.errors import SparseFtError
     from sparseft.ops import backend
@@ -40,6 +46,7 @@ _EXPORTS = {
     "compose_adapters": "sparseft.composition",
     "extract_adapter": "sparseft.composition",
     "lottery_ticket": "sparseft.training",
+    "overlap_report": "sparseft.composition",
     "register_selector": "sparseft.selection",
     "select": "sparseft.selection",
 }
@@ -62,6 +69,7 @@ __all__ = [
     "compose_adapters",
     "extract_adapter",
     "lottery_ticket",
+    "overlap_report",
     "register_selector",
     "select",
 ]

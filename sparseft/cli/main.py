@@ -22,7 +22,7 @@ __all__ = ["BAD_INPUT", "FAILURE", "INTERRUPTED", "OK", "build_parser", "main"]
 OK, FAILURE, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 # The order of the help; commands that are not named here follow, by name.
-_ORDER = ("demo", "train", "eval", "compose", "diff", "convert", "inspect")
+_ORDER = ("demo", "train", "eval", "compose", "diff", "convert", "inspect", "overlap")
 # These keep their state on disk: the same command again goes on where it stopped.
 _RESUMABLE = {"demo", "train"}
 
@@ -38,6 +38,7 @@ examples:
   sparseft eval recipe.yaml                  score what that recipe trained
   sparseft convert OWNER/NAME swahili/       an adapter of composable-sft or PEFT, as ours
   sparseft inspect swahili/                  what an adapter file holds
+  sparseft overlap swahili/ nli/             what several have in common
 
 `sparseft COMMAND --help` says what a command reads and writes. Exit codes: 0 done, 1 failed,
 2 bad input, 130 interrupted (train and demo go on when the same command is given again)."""

@@ -17,6 +17,7 @@ from sparseft.composition.linear import compose_linear
 from sparseft.composition.magnitude_max import compose_magnitude_max
 from sparseft.composition.merge import compose_adapters
 from sparseft.composition.overlap import Overlap, jaccard
+from sparseft.composition.overlap_pairs import OverlapReport, PairOverlap, overlap_report
 from sparseft.composition.registry import Part, Recipe, Rule, Term, methods, register_method
 from sparseft.composition.residency import Residency
 from sparseft.composition.ties import compose_ties
@@ -25,6 +26,8 @@ from sparseft.composition.separate import SeparateComposer
 __all__ = [
     "Composer",
     "Overlap",
+    "OverlapReport",
+    "PairOverlap",
     "Part",
     "Recipe",
     "Residency",
@@ -44,5 +47,6 @@ __all__ = [
     "jaccard",
     "merge_into_checkpoint",
     "methods",
+    "overlap_report",
     "register_method",
 ]

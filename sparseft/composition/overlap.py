@@ -1,16 +1,26 @@
-"""How much adapters have in common: shared entries, and those pulled in opposite directions."""
+"""How much adapters have in common: shared entries, those pulled in opposite directions, angles.
+
+`jaccard` and `overlaps` compare masks two by two; `count_tensor` counts for all pairs at once what
+the full report (`sparseft.composition.overlap_pairs`) adds up.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, pairwise
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from sparseft.diff import SparseDiff, SparsePattern
 
-__all__ = ["Overlap", "jaccard", "overlaps"]
+__all__ = ["Counts", "Overlap", "count_tensor", "jaccard", "overlaps"]
+
+# Entries of the union that are laid out densely at a time, one row an adapter. Counts of so many
+# are exact in fp32, and the rows of twenty adapters stay at 10 MB in fp64.
+_COLUMNS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -80,3 +90,80 @@ def overlaps(
         (i, j): sum(jaccard(adapters[i], adapters[j]).values(), Overlap())
         for i, j in combinations(range(len(adapters)), 2)
     }
+
+
+@dataclass(frozen=True, eq=False)
+class Counts:
+    """What all pairs of n adapters have in common in one tensor.
+
+    Args:
+        numel: entries of the tensor.
+        nnz: (n,) int64, entries of each; 0 for one without a diff of the tensor.
+        signed: (n,) bool, False for "set" diffs, whose values are weights and not changes.
+        common: (n, n) int64, entries in both.
+        opposed: (n, n) int64, of these, those whose values have opposite signs; 0 for "set" diffs.
+        dots: (n, n) float64, sums of products of the values; 0 for "set" diffs.
+    """
+
+    numel: int
+    nnz: Tensor
+    signed: Tensor
+    common: Tensor
+    opposed: Tensor
+    dots: Tensor
+
+
+def count_tensor(diffs: Sequence[SparseDiff | None]) -> Counts:
+    """Count one tensor's common entries for all pairs, on the CPU.
+
+    Sorted runs are merged once into the union, which costs O(entries of all). Its columns, laid out
+    densely piece by piece with a row for each adapter, give all pairs at once as products of
+    matrices: of 2.2 M entries each, 40 tensors, 2.3 s for four adapters on a busy core, where two
+    by two takes 3.4 s, and 8.3 s instead of 18.3 s for eight.
+
+    Args:
+        diffs: one per adapter, at least one of them, all of one shape; None: it has none.
+
+    Numerics: counts are exact; dots are sums in fp64 of fp64 products (exact for fp32 values).
+    """
+    count = len(diffs)
+    there = [(i, diff) for i, diff in enumerate(diffs) if diff is not None]
+    nnz = torch.zeros(count, dtype=torch.int64)
+    signed = torch.ones(count, dtype=torch.bool)
+    for i, diff in there:
+        nnz[i], signed[i] = diff.nnz, diff.mode == "add"
+    common = torch.zeros(count, count, dtype=torch.int64)
+    opposed, dots = common.clone(), common.double()
+    flat = np.concatenate([diff.indices.cpu().numpy() for _, diff in there])
+    # Of ascending runs a stable sort is a merge: 16 ms for two of a million (one core), where
+    # looking each up in the union takes 72 ms.
+    order = np.argsort(flat, kind="stable")
+    flat = flat[order]
+    new = np.empty(len(flat), dtype=bool)
+    new[:1] = True
+    np.not_equal(flat[1:], flat[:-1], out=new[1:])
+    column = torch.from_numpy(np.cumsum(new) - 1)
+    place = torch.from_numpy(order)
+    lengths = torch.tensor([diff.nnz for _, diff in there])
+    owner = torch.repeat_interleave(torch.tensor([i for i, _ in there]), lengths)[place]
+    values = torch.cat([_changes(diff) for _, diff in there])[place]
+    size = int(column[-1]) + 1 if len(column) else 0
+    ends = torch.searchsorted(column, torch.arange(0, size + _COLUMNS, _COLUMNS)).tolist()
+    for piece, (start, end) in enumerate(pairwise(ends)):
+        width = min(_COLUMNS, size - piece * _COLUMNS)
+        at = (owner[start:end], column[start:end] - piece * _COLUMNS)
+        rows = torch.zeros(count, width, dtype=torch.float64)
+        rows[at] = values[start:end]
+        kept = torch.zeros(count, width)
+        kept[at] = 1.0
+        common += (kept @ kept.T).long()
+        up_and_down = ((rows > 0).float() @ (rows < 0).float().T).long()
+        opposed += up_and_down + up_and_down.T
+        dots += rows @ rows.T
+    return Counts(there[0][1].numel, nnz, signed, common, opposed, dots)
+
+
+def _changes(diff: SparseDiff) -> Tensor:
+    """Return (nnz,) float64 on the CPU; zeros for a "set" diff."""
+    values = diff.values.detach().to("cpu", torch.float64)
+    return values if diff.mode == "add" else torch.zeros_like(values)
