@@ -20,8 +20,8 @@ from sparseft.composition.overlap import Overlap, jaccard
 from sparseft.composition.overlap_pairs import OverlapReport, PairOverlap, overlap_report
 from sparseft.composition.registry import Part, Recipe, Rule, Term, methods, register_method
 from sparseft.composition.residency import Residency
-from sparseft.composition.ties import compose_ties
 from sparseft.composition.separate import SeparateComposer
+from sparseft.composition.ties import compose_ties
 
 __all__ = [
     "Composer",
