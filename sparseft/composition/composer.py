@@ -2,24 +2,43 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from torch import Tensor, nn
 
-from sparseft._integrity import bits_equal
 from sparseft.adapter import Adapter
-from sparseft.composition.coefficients import Coeffs, Which, as_coeffs
-from sparseft.composition.fit import Dense, Fit, Fitter, Loaded, Missing
+from sparseft.composition.coefficients import Coeffs, Which, as_coeffs, check_coeff
+from sparseft.composition.fit import Dense, Loaded, Missing
 from sparseft.composition.placement import Composition, Placement
-from sparseft.composition.plan import TensorPlan, UnionPlan, plan_tensor, prepared
-from sparseft.composition.registry import Recipe, recipe_of
+from sparseft.composition.planning import Planner
+from sparseft.composition.residency import Moved, Residency, ResidencyReport
+from sparseft.composition.switch_report import SwitchReport
 from sparseft.errors import CompositionError, StackOrderError
 
 __all__ = ["Composer"]
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+
+def _alone(
+    method: Callable[Concatenate[Composer, _P], _T],
+) -> Callable[Concatenate[Composer, _P], _T]:
+    """Let one thread at a time into a composer's methods."""
+
+    @wraps(method)
+    def locked(self: Composer, *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        with self._lock:
+            return method(self, *args, **kwargs)
+
+    return locked
 
 
 class Composer:
@@ -42,7 +61,11 @@ class Composer:
         missing: diffs of parameters that the model lacks: "auto" leaves out those under a top-level
             module that the model does not have (a masked-LM head on a classifier), with a warning,
             and refuses others; "error" refuses all; "skip" leaves out all.
-        plan_cache: how many sets of adapters keep their union (about 8 bytes an entry and adapter).
+        plan_cache: how many sets of adapters keep their union (about 8 bytes an entry and adapter;
+            on GPUs 18, with the layout of the kernels).
+        device_bytes, host_bytes: budgets for the adapters' tensors on the model's GPU and in host
+            memory (pinned for GPUs): a number, or text such as "2GiB"; None: no limit. Those least
+            recently used are moved down first, in the end to their files. Unions come on top.
 
     Example:
         >>> import torch
@@ -56,7 +79,11 @@ class Composer:
         >>> moved, torch.equal(layer.weight, before)
         ([[0.0, 1.0]], True)
 
-    Not safe to use from several threads at once. Applies and attaches on one parameter form a
+    Safe to use from several threads: one changes the composition at a time, and nobody else does
+    inside somebody's `composed` block, so a forward pass in it sees that block's adapters. (Rows or
+    threads that want different adapters at the same time: `SeparateComposer`.)
+
+    Applies and attaches on one parameter form a
     stack: whoever changed it last undoes first, others get `StackOrderError`.
 
     The weights themselves must not be trained while adapters are applied: a revert would undo the
@@ -77,13 +104,22 @@ class Composer:
         dense: Dense = "auto",
         missing: Missing = "auto",
         plan_cache: int = 4,
+        device_bytes: int | str | None = None,
+        host_bytes: int | str | None = None,
     ) -> None:
         self.model = model
-        self._fitter = Fitter(model, missing=missing, dense=dense, check_base=check_base)
+        self.last_switch: SwitchReport | None = None
+        self._lock = threading.RLock()
+        self._residency = Residency(device_bytes, host_bytes)
+        self._planner = Planner(
+            model,
+            self._residency,
+            missing=missing,
+            dense=dense,
+            check_base=check_base,
+            plan_cache=plan_cache,
+        )
         self._loaded: dict[str, Loaded] = {}
-        self._fits: dict[str, Fit] = {}
-        self._plans: OrderedDict[tuple[tuple[str, str], ...], UnionPlan] = OrderedDict()
-        self._plan_cache = max(1, plan_cache)
         self._placement = Placement()
         self._frames: list[object] = []
         for name, adapter in (adapters or {}).items():
@@ -92,7 +128,7 @@ class Composer:
     # The adapters.
 
     def add(self, name: str, adapter: Adapter | str | os.PathLike[str]) -> None:
-        """Add an adapter, or the path of one (folder or .safetensors file), under a new name.
+        """Add an adapter, its path (folder or file) or its name on the hub, under a new name.
 
         Raises:
             CompositionError: the name is taken.
@@ -107,8 +143,11 @@ class Composer:
             )
         if not isinstance(adapter, Adapter):
             adapter = Adapter.load(adapter, check="lazy")  # tensors are checked when first used
-        self._loaded[name] = Loaded(name, adapter)
+        with self._lock:
+            self._residency.add(name, adapter)
+            self._loaded[name] = Loaded(name, adapter)
 
+    @_alone
     def remove(self, name: str) -> None:
         """Forget an adapter.
 
@@ -122,7 +161,8 @@ class Composer:
         if self._frames:
             raise CompositionError("adapters cannot be removed inside composed(...).")
         del self._loaded[name]
-        self._fits.pop(name, None)
+        self._residency.remove(name)
+        self._planner.forget(name)
 
     def names(self) -> list[str]:
         """Return the names of the adapters, in the order they were added."""
@@ -140,13 +180,14 @@ class Composer:
     @property
     def skipped(self) -> dict[str, tuple[str, ...]]:
         """Adapter -> its tensors that were left out because the model has no place for them."""
-        return {name: fit.skipped for name, fit in self._fits.items() if fit.skipped}
+        return {name: fit.skipped for name, fit in self._planner.fits.items() if fit.skipped}
 
     # The model.
 
+    @_alone
     def apply(
         self, which: Which, coeffs: Coeffs = None, *, method: str = "linear", **options: Any
-    ) -> None:
+    ) -> SwitchReport:
         """Put adapters on the model, beside those that are active.
 
         ``apply("a"); apply("b")`` gives the bits of ``apply(["a", "b"])``: one sum from the base.
@@ -180,20 +221,22 @@ class Composer:
                 f"{now.method_name!r} is active and {method!r} was asked for; adapters that are "
                 "active together share one method and its options. Use switch(...)."
             )
-        self._go_to(self._compose({**now.coeffs, **new}, method, options), "apply to")
+        return self._to({**now.coeffs, **new}, method, options, "apply to")
 
+    @_alone
     def switch(
         self, which: Which, coeffs: Coeffs = None, *, method: str = "linear", **options: Any
-    ) -> None:
+    ) -> SwitchReport:
         """Put exactly these adapters on the model, whatever was active; cost O(entries touched).
 
         Arguments and errors as in `apply`. The same adapters with other coefficients are
         re-weighted in place, without a new union or capture. ``switch([])`` is `revert`.
         """
         coeffs_by_name = as_coeffs(which, coeffs, self._loaded)
-        self._go_to(self._compose(coeffs_by_name, method, options), "switch")
+        return self._to(coeffs_by_name, method, options, "switch")
 
-    def revert(self) -> None:
+    @_alone
+    def revert(self) -> SwitchReport:
         """Take everything off: the base again, bit for bit. Does nothing when nothing is active.
 
         A parameter may hold the base already, because it was loaded over the adapters.
@@ -201,8 +244,9 @@ class Composer:
         Raises:
             StackOrderError: somebody changed the parameters after us; the message names them.
         """
-        self._go_to(Composition(), "revert")
+        return self._go_to(Composition(), "revert", time.perf_counter(), self._residency.moved)
 
+    @_alone
     def forget(self) -> None:
         """Give up the way back: nothing is active any more, and no weight is written.
 
@@ -216,7 +260,7 @@ class Composer:
         """
         self._placement.forget()
         self._frames.clear()
-        self._reindex()
+        self._planner.reindex()
 
     @contextmanager
     def composed(
@@ -231,22 +275,117 @@ class Composer:
         Raises:
             StackOrderError: on leaving, if a block entered later is still open.
         """
-        before = self._placement.composition
-        self.switch(which, coeffs, method=method, **options)
-        frame = object()
-        self._frames.append(frame)
-        try:
-            yield self
-        finally:
-            if frame in self._frames:  # else forgotten
-                if self._frames[-1] is not frame:
-                    raise StackOrderError(
-                        "composed(...) blocks were left out of order: "
-                        f"{len(self._frames) - 1 - self._frames.index(frame)} entered later are "
-                        "still open. Leave the innermost first."
-                    )
-                self._frames.pop()
-                self._go_to(before, "switch")
+        with self._lock:
+            before = self._placement.composition
+            self.switch(which, coeffs, method=method, **options)
+            frame = object()
+            self._frames.append(frame)
+            try:
+                yield self
+            finally:
+                self._leave(frame, before)
+
+    def _leave(self, frame: object, before: Composition) -> None:
+        """Put back what was active before a block, unless it was forgotten."""
+        if frame not in self._frames:
+            return
+        if self._frames[-1] is not frame:
+            raise StackOrderError(
+                "composed(...) blocks were left out of order: "
+                f"{len(self._frames) - 1 - self._frames.index(frame)} entered later are still "
+                "open. Leave the innermost first."
+            )
+        self._frames.pop()
+        self._go_to(before, "switch", time.perf_counter(), self._residency.moved)
+
+    def grid(
+        self,
+        coeffs: Mapping[str, float | Sequence[float]],
+        *,
+        method: str = "linear",
+        **options: Any,
+    ) -> Iterator[dict[str, float]]:
+        """Switch to every combination of coefficients in turn, and yield it.
+
+        One union for all of them: after the first, entries are only written anew. What was active
+        before is back after the last, and when the loop is left early.
+
+        Args:
+            coeffs: name -> coefficient, or several. The last name's change fastest.
+            method, options: as in `apply`.
+
+        Yields:
+            name -> coefficient, while it is on the model.
+
+        Raises:
+            UnknownNameError, CompositionError: as `apply`, before anything is switched.
+
+        Example:
+            >>> for coeffs in composer.grid({"sw": [0.5, 1.0], "nli": 1}):  # doctest: +SKIP
+            ...     scores[coeffs["sw"]] = evaluate(model)
+        """
+        choices = _choices(coeffs)
+        as_coeffs(list(choices), None, self._loaded)
+        return self._walk(choices, method, options)
+
+    def _walk(
+        self, choices: dict[str, list[float]], method: str, options: Mapping[str, Any]
+    ) -> Iterator[dict[str, float]]:
+        with self._lock:
+            before = self._placement.composition
+            frame = object()
+            self._frames.append(frame)
+            try:
+                for chosen in itertools.product(*choices.values()):
+                    point = dict(zip(choices, chosen, strict=True))
+                    self._to(dict(point), method, options, "switch")
+                    yield point
+            finally:
+                self._leave(frame, before)
+
+    # Looking at them.
+
+    def residency(self) -> ResidencyReport:
+        """Return where the adapters' tensors lie, against the budgets."""
+        return self._residency.report()
+
+    def weights(self, coeffs: Mapping[str, Tensor | float]) -> dict[str, Tensor]:
+        """Return composed weights as new tensors, differentiable in the coefficients.
+
+        ``W + sum_i coeff_i * diff_i`` of every parameter that an adapter changes, for
+        ``torch.func.functional_call(model, composer.weights(coeffs), inputs)``: coefficients are
+        learned that way. The model is only read; nothing may be active. Memory: a copy of each of
+        those parameters.
+
+        Args:
+            coeffs: name -> coefficient; 0-d floating tensors may require grad.
+
+        Returns:
+            Canonical parameter name -> weight, in its dtype.
+
+        Raises:
+            UnknownNameError: no such adapter.
+            CompositionError: something is active, or an adapter has "set" entries or dense tensors
+                (they have no coefficient).
+            BaseMismatchError: as in `apply`.
+        """
+        from sparseft.composition.functional import composed_weights
+
+        with self._lock:
+            if self.active:
+                raise CompositionError(
+                    f"{', '.join(self.active)} lie on the model; revert before weights(...), which "
+                    "starts from the base."
+                )
+            as_coeffs(list(coeffs), None, self._loaded)
+            self._refresh()
+            return composed_weights(self._planner, self._loaded, coeffs)
+
+    def __getstate__(self) -> dict[str, Any]:  # a deep copy gets a lock of its own
+        return {key: value for key, value in self.__dict__.items() if key != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.RLock())
 
     def __repr__(self) -> str:
         return f"Composer(adapters={self.names()}, active={self.active})"
@@ -256,7 +395,7 @@ class Composer:
     def _check_held(self, action: str, *, leaving: bool = False) -> set[str]:
         """Check that what we changed is still the model's, and that nobody changed it since."""
         based = self._placement.require_top(action, leaving=leaving)
-        if lost := self._fitter.replaced(self._placement.names):
+        if lost := self._planner.fitter.replaced(self._placement.names):
             raise StackOrderError(
                 f"cannot {action} {lost[0]!r}: {self._placement.composition.label} lies on a "
                 "parameter that was replaced by another object since (a resized embedding, "
@@ -265,109 +404,63 @@ class Composer:
             )
         return based
 
-    def _go_to(self, target: Composition, action: str) -> None:
+    def _to(
+        self, coeffs: dict[str, float], method: str, options: Mapping[str, Any], action: str
+    ) -> SwitchReport:
+        """Prepare a composition, put it on the model, and say what that took."""
+        start, moved = time.perf_counter(), self._residency.moved
+        unions = self._planner.unions_built
+        self._refresh()
+        target = self._planner.compose(self._loaded, coeffs, method, options)
+        return self._go_to(target, action, start, moved, self._planner.unions_built > unions)
+
+    def _go_to(
+        self,
+        target: Composition,
+        action: str,
+        start: float,
+        moved: Moved,
+        union_built: bool = False,
+    ) -> SwitchReport:
         based = self._check_held(action, leaving=not target.coeffs)
-        index = self._fitter.index
+        index = self._planner.fitter.index
         names = [*target.plans, *target.dense]
-        self._placement.replace(target, {name: index.get(name) for name in names}, based)
+        change = self._placement.replace(target, {name: index.get(name) for name in names}, based)
+        self.last_switch = SwitchReport(
+            active=dict(target.coeffs),
+            method=target.method_name,
+            tensors=len(names),
+            restored=change.restored,
+            written=change.written,
+            weight_bytes=change.nbytes,
+            reweighted=change.reweighted,
+            union_built=union_built,
+            moved=self._residency.moved - moved,
+            seconds=time.perf_counter() - start,
+        )
+        return self.last_switch
 
     def _refresh(self) -> None:
         """Index the model anew if parameters have been replaced by other objects."""
-        names = [n for fit in self._fits.values() for n in (*fit.diffs, *fit.dense)]
-        old = self._fitter
-        if old.replaced(dict.fromkeys(names)):
+        fits = self._planner.fits.values()
+        names = [n for fit in fits for n in (*fit.diffs, *fit.dense)]
+        if self._planner.fitter.replaced(dict.fromkeys(names)):
             self._check_held("switch")
-            self._reindex()
+            self._planner.reindex()
 
-    def _reindex(self) -> None:
-        """Look at the model anew: its parameters' objects and base."""
-        old = self._fitter
-        self._fitter = Fitter(
-            self.model, missing=old.missing, dense=old.dense, check_base=old.check_base
+
+def _choices(coeffs: Mapping[str, float | Sequence[float]]) -> dict[str, list[float]]:
+    """Return name -> the coefficients to try, checked."""
+    if not isinstance(coeffs, Mapping) or not coeffs:
+        raise CompositionError(
+            f"grid wants name -> coefficient or coefficients, got {coeffs!r}; for example "
+            "{'sw': [0.5, 1.0], 'nli': 1}."
         )
-        self._fits.clear()
-        self._plans.clear()
-
-    def _compose(
-        self, coeffs: dict[str, float], method: str, options: dict[str, Any]
-    ) -> Composition:
-        """Check everything and prepare the composition; the model is only read."""
-        recipe = recipe_of(method, options)
-        self._refresh()
-        chosen = sorted((self._loaded[name] for name in coeffs), key=lambda x: x.order)
-        for loaded in chosen:
-            if loaded.name not in self._fits:
-                self._fits[loaded.name] = self._fitter.fit(loaded)
-        order = [loaded.name for loaded in chosen]
-        plans = self._plan(chosen, recipe, (method, repr(sorted(options.items()))))
-        ordered = [coeffs[name] for name in order]
-        for plan in plans.values():
-            plan.check(ordered, order)
-        return Composition(
-            coeffs=coeffs,
-            label=f"Composer({' + '.join(order)})",
-            order=order,
-            digests=[loaded.digest for loaded in chosen],
-            plans=plans,
-            dense=self._dense(chosen, coeffs, plans),
-            recipe=recipe,
-            method_name=method,
-            options=dict(options),
-        )
-
-    def _plan(self, chosen: list[Loaded], recipe: Recipe, method: tuple[str, str]) -> UnionPlan:
-        """Return the union of a set of adapters, from the cache if it is there and still fits."""
-        how = () if recipe.prepare is None else (method,)
-        key = (*how, *((loaded.name, loaded.digest) for loaded in chosen))
-        index = self._fitter.index
-        plans = self._plans.get(key)
-        if plans is None or any(p.indices.device != index.get(n).device for n, p in plans.items()):
-            touched: dict[str, list[tuple[int, str]]] = {}
-            for ordinal, loaded in enumerate(chosen):
-                for name, own in self._fits[loaded.name].diffs.items():
-                    touched.setdefault(name, []).append((ordinal, own))
-            built = {}
-            for name in sorted(touched):
-                parameter = index.get(name)
-                diffs = [
-                    (
-                        i,
-                        prepared(chosen[i].adapter[own], recipe, name=own, digest=chosen[i].digest),
-                    )
-                    for i, own in touched[name]
-                ]
-                built[name] = plan_tensor(
-                    name, diffs, dtype=parameter.dtype, device=parameter.device
-                )
-            plans = UnionPlan(built, len(chosen))
-        self._plans[key] = plans
-        self._plans.move_to_end(key)
-        while len(self._plans) > self._plan_cache:
-            self._plans.popitem(last=False)
-        return plans
-
-    def _dense(
-        self, chosen: list[Loaded], coeffs: Mapping[str, float], plans: Mapping[str, TensorPlan]
-    ) -> dict[str, tuple[int, Tensor]]:
-        """Return the dense tensors that replace parameters whole."""
-        found: dict[str, tuple[int, Tensor]] = {}
-        for ordinal, loaded in enumerate(chosen):
-            if not coeffs[loaded.name]:
-                continue
-            for name, own in self._fits[loaded.name].dense.items():
-                tensor = loaded.adapter.dense[own]
-                if name in found and not bits_equal(tensor, found[name][1]):
-                    other = chosen[found[name][0]].name
-                    raise CompositionError(
-                        f"adapters {other!r} and {loaded.name!r} both hold all of {name!r}, with "
-                        "different values; give one of them coefficient 0, or pass dense='skip'."
-                    )
-                if name in plans:
-                    sharing = [chosen[s.ordinal].name for s in plans[name].shares]
-                    raise CompositionError(
-                        f"adapter {loaded.name!r} holds all of {name!r} while {sharing[0]!r} has a "
-                        "diff of it; the two cannot be active together. Pass dense='skip' to leave "
-                        "the head out."
-                    )
-                found.setdefault(name, (ordinal, tensor))
-        return found
+    found = {}
+    for name, given in coeffs.items():
+        several = isinstance(given, Sequence) or (isinstance(given, Tensor) and given.ndim == 1)
+        values = list(given) if several else [given]  # type: ignore[arg-type]
+        if not values:
+            raise CompositionError(f"grid got no coefficient for {name!r}; wanted at least one.")
+        found[name] = [check_coeff(name, value) for value in values]
+    return found

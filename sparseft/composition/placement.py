@@ -74,11 +74,13 @@ class Change(NamedTuple):
     Args:
         restored: entries whose saved bits were put back (0 where entries were only re-weighted).
         written: entries written anew, those of dense tensors included.
+        nbytes: of both, in the weights' dtypes.
         reweighted: whether the same union was written over what was saved before.
     """
 
     restored: int
     written: int
+    nbytes: int
     reweighted: bool
 
 
@@ -199,21 +201,26 @@ class Placement:
         """
         before = self.composition
         with _journal() as undo:
-            if self._can_reweight(target, parameters):
+            reweighted = self._can_reweight(target, parameters)
+            if reweighted:
                 whole = [n for n, p in self._places.items() if p.writer is None]
                 restored = self._take_off(whole, [], before, undo, based)
                 for writer in self._writers:
                     self._reweight(writer, before, target, undo)
-                written = before.plans.entries
-                reweighted = True
+                written = [saved for writer in self._writers for saved in writer.saved]
             else:
                 restored = self._take_off(list(self._places), self._writers, before, undo, based)
                 written = self._put_on(target, parameters, undo)
-                reweighted = False
             for name, (ordinal, tensor) in target.dense.items():
-                written += self._put_dense(name, parameters[name], ordinal, tensor, target, undo)
+                saved = self._put_dense(name, parameters[name], ordinal, tensor, target, undo)
+                written.append(saved)
             self.composition = target
-        return Change(restored, written, reweighted)
+        return Change(
+            sum(s.numel() for s in restored),
+            sum(s.numel() for s in written),
+            sum(s.numel() * s.element_size() for s in (*restored, *written)),
+            reweighted,
+        )
 
     def _can_reweight(self, target: Composition, parameters: Mapping[str, nn.Parameter]) -> bool:
         """Whether the same entries are to be written, so that what is saved can stay."""
@@ -236,8 +243,8 @@ class Placement:
         before: Composition,
         undo: list[Callable[[], None]],
         based: Collection[str],
-    ) -> int:
-        """Put saved bits back and leave the stacks; return how many entries that were."""
+    ) -> list[Tensor]:
+        """Put saved bits back, leave the stacks and return those bits."""
         kept_writers = [w for w in self._writers if w not in writers]
         places = {name: self._places[name] for name in names}
         whole = {n: p.parameter.detach().clone() for n, p in places.items() if p.writer is None}
@@ -266,16 +273,15 @@ class Placement:
             pop(place.parameter, place.holder, name=name)
         self._places = {n: p for n, p in self._places.items() if n not in places}
         self._writers = kept_writers
-        return sum(place.holder.saved.numel() for place in places.values())
+        return [place.holder.saved for place in places.values()]
 
     def _put_on(
         self,
         target: Composition,
         parameters: Mapping[str, nn.Parameter],
         undo: list[Callable[[], None]],
-    ) -> int:
-        if not target.plans:
-            return 0
+    ) -> list[Tensor]:
+        """Capture and write the union's entries; return the captured ones."""
         writers = writers_for(target.plans, parameters, target.recipe.rule)
         for writer in writers:
             held: list[str] = []
@@ -299,7 +305,7 @@ class Placement:
                 push(parameter, place.holder)
             self._writers.append(writer)
             writer.write(target)
-        return target.plans.entries
+        return [saved for writer in writers for saved in writer.saved]
 
     def _reweight(
         self,
@@ -331,7 +337,7 @@ class Placement:
         tensor: Tensor,
         target: Composition,
         undo: list[Callable[[], None]],
-    ) -> int:
+    ) -> Tensor:
         saved = parameter.detach().clone()
         place = _Place(
             parameter, Holder(target.label, None, saved, target.parents([ordinal])), None
@@ -348,7 +354,7 @@ class Placement:
         self._places[name] = place
         parameter.detach().copy_(tensor)
         place.written = Witness.of(parameter, None)
-        return saved.numel()
+        return saved
 
 
 def _is_held(place: _Place) -> bool:

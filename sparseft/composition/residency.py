@@ -77,7 +77,7 @@ class Residency:
         self._total: dict[tuple[str, Kind], int] = {}
         self._in_use: Counter[str] = Counter()
         self._lock = threading.RLock()
-        self._moved = Moved()
+        self._counts: Counter[str] = Counter()  # fields of `Moved`
 
     # The adapters.
 
@@ -187,7 +187,7 @@ class Residency:
     def moved(self) -> Moved:
         """What was asked for and copied so far; the difference of two says what lay between."""
         with self._lock:
-            return self._moved
+            return Moved(**self._counts)
 
     def where(self, name: str) -> Tier:
         """Return the highest tier in which an adapter has room.
@@ -220,7 +220,13 @@ class Residency:
                 )
                 for name in reversed(self._adapters)
             )
-            return ResidencyReport(residents, self._device_budget, self._host.budget, self._moved)
+            return ResidencyReport(residents, self._device_budget, self._host.budget, self.moved)
+
+    def __getstate__(self) -> dict[str, Any]:  # a deep copy gets a lock of its own
+        return {key: value for key, value in self.__dict__.items() if key != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.RLock())
 
     def __repr__(self) -> str:
         report = self.report()
@@ -251,7 +257,7 @@ class Residency:
         shelf = self._devices.setdefault(device, Shelf(self._device_budget))
         parcel = shelf.parcels.get(key)
         if parcel is not None and own in parcel.held:
-            self._moved += Moved(hits=1)
+            self._counts["hits"] += 1
             return _ready(parcel.held[own])
         crowded = shelf.budget is not None and sum(self._total.values()) > shelf.budget
         if crowded or key in self._host.parcels:
@@ -259,12 +265,14 @@ class Residency:
         else:
             item, pinned = source[own], False
         if item.device == device:  # the adapter itself lies there
-            self._moved += Moved(hits=1)
+            self._counts["hits"] += 1
             return item
         copies = self._copies(device)
         parcel = self._place(shelf, key, self._total[key], copies)
         held = self._landed(copies, item, device, pinned, shelf, key)
-        self._moved += Moved(misses=1, streamed=int(parcel is None), device_bytes=held.nbytes)
+        self._counts["misses"] += 1
+        self._counts["streamed"] += int(parcel is None)
+        self._counts["device_bytes"] += held.nbytes
         if parcel is not None:
             parcel.held[own] = held
         return held.item  # type: ignore[return-value]
@@ -281,13 +289,13 @@ class Residency:
         key = (name, kind)
         parcel = self._host.parcels.get(key)
         if parcel is not None and own in parcel.held:
-            self._moved += Moved(hits=here)
+            self._counts["hits"] += here
             return _ready(parcel.held[own]), parcel.copies.pins
         item = source[own]
         on_cpu = item.device.type == "cpu"
         in_file = on_cpu and isinstance(self._adapters[name].diffs, DiffSource)
         if on_cpu and here and not in_file:
-            self._moved += Moved(hits=1)
+            self._counts["hits"] += 1
             return item, False
         if not on_cpu and not here:
             return item, False
@@ -296,7 +304,8 @@ class Residency:
             room = sum(map(copies.host_cost, self._sizes[key]))
             parcel = self._place(self._host, key, room, copies)
         if parcel is None:
-            self._moved += Moved(misses=here, streamed=here)
+            self._counts["misses"] += here
+            self._counts["streamed"] += here
             return (item if on_cpu else item.to("cpu")), False
         parts: list[Tensor] = _parts(item)
         # Compact indices were decoded into memory of their own, which the adapter keeps as well.
@@ -306,7 +315,8 @@ class Residency:
         nbytes = sum(parcel.copies.host_cost(_nbytes(part)) for part in parts)
         item = _rebuilt(item, [*kept, *copied])
         parcel.held[own] = Held(item, nbytes)
-        self._moved += Moved(misses=here, host_bytes=sum(map(_nbytes, copied)))
+        self._counts["misses"] += here
+        self._counts["host_bytes"] += sum(map(_nbytes, copied))
         return item, parcel.copies.pins
 
     def _place(
@@ -333,7 +343,7 @@ class Residency:
 
     def _move_down(self, shelf: Shelf, name: str) -> None:
         shelf.drop(name)
-        self._moved += Moved(evicted=1)
+        self._counts["evicted"] += 1
 
     def _landed(
         self,

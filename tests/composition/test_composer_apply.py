@@ -58,7 +58,7 @@ class TestApply:
             out.backward()
 
     def test_reweighting_rebuilds_no_union(self, composer, monkeypatch):
-        import sparseft.composition.composer as module
+        import sparseft.composition.planning as module
 
         built = []
         real = module.plan_tensor
