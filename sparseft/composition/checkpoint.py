@@ -51,8 +51,9 @@ def merge_into_checkpoint(
 
     A base given by folder or name is streamed: one tensor is in memory at a time, beside the
     adapters. Files and names stay as the base has them (shards, index, metadata, where tied weights
-    lie; pytorch_model.bin becomes safetensors), each tensor keeps its dtype, and everything else in
-    the folder (configurations, tokenizer, processors) is copied. A live model is written by its
+    lie; pytorch_model.bin becomes safetensors), so do dtypes, except that what is stored narrower
+    than config.json says is written in that dtype, in which it is loaded. Everything else in the
+    folder (configurations, tokenizer, processors) is copied. A live model is written by its
     ``save_pretrained`` and is as before afterwards. The folder appears whole or not at all, with
     the recipe, `RECIPE_FILE`, and a model card.
 

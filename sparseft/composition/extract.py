@@ -192,7 +192,8 @@ def _differing(theta1: Tensor, theta0: Tensor) -> Tensor:
 
 def _diff(pair: Pair, indices: Tensor, theta1: Tensor, theta0: Tensor, mode: Mode) -> SparseDiff:
     place = indices.long()
-    new, old = theta1.view(-1)[place], theta0.view(-1)[place]
+    # A tensor stored narrower than its model has it (fp16 files of an fp32 model) is that model's.
+    new, old = theta1.view(-1)[place].to(pair.tuned_dtype), theta0.view(-1)[place]
     values = new if mode == "set" else difference(new, old)
     fault = find_value_fault(values)
     if fault is not None:
@@ -209,8 +210,9 @@ def _check_settable(pair: Pair) -> None:
     if torch.promote_types(pair.tuned_dtype, pair.base_dtype) != pair.base_dtype:
         raise CompositionError(
             f"{pair.name!r} is {pair.tuned_dtype} in the tuned checkpoint but {pair.base_dtype} in "
-            "the base, which cannot hold its values, so mode 'set' could not rebuild them. Cast "
-            "one of the checkpoints, or take mode 'add'."
+            "the base, which cannot hold its values, so mode 'set' could not rebuild them. Load "
+            f"the base with dtype={pair.tuned_dtype}, save it and diff against that, or take mode "
+            "'add'."
         )
 
 

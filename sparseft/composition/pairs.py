@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparseft.composition.target import build_target, find_places, read_config
+from sparseft.composition.target import Target, build_target, find_places, read_config
 from sparseft.errors import BaseMismatchError, CompositionError
 from sparseft.io.checkpoint_files import CheckpointFiles, TensorInfo
 from sparseft.io.model_folder import find_model
@@ -31,7 +31,7 @@ class Pair:
     Args:
         name: canonical name in the tuned model.
         base, tuned: names in the files.
-        base_dtype, tuned_dtype: dtypes there.
+        base_dtype, tuned_dtype: of the parameter when each is loaded.
         numel: entries.
     """
 
@@ -50,16 +50,16 @@ class Side:
     Args:
         what: "base" or "tuned".
         files: its files.
-        model: the class it is of, on the meta device; None where that is not known.
         index: the model's parameters.
         parameters: canonical name -> names in the files, sorted by the first.
         others: tensors that are no floating parameters.
-        architecture, id2label: what its configuration says.
+        target: what its configuration says of the class and the dtype; None where not known.
+        architecture, id2label: what else it says.
     """
 
     what: str
     files: CheckpointFiles
-    model: nn.Module | None
+    target: Target | None
     index: ParameterIndex
     parameters: dict[str, list[str]]
     others: list[str]
@@ -70,8 +70,14 @@ class Side:
         """Yield the names that another checkpoint of this model may have for a parameter."""
         yield name
         for known in (name, *(self.index.aliases(name) if name in self.index else ())):
-            if self.model is not None:
-                yield from names_around(self.model, known)
+            if self.target is not None:
+                yield from names_around(self.target.model, known)
+
+    def dtype(self, info: TensorInfo) -> torch.dtype:
+        """Return the dtype in which the model has a stored parameter."""
+        if self.target is not None:
+            return self.target.live_dtype(info)
+        return info.torch_dtype or torch.float32
 
     def find(self, name: str) -> str | None:
         """Return the canonical name of the parameter called ``name`` elsewhere, None if the files
@@ -96,14 +102,15 @@ def open_side(source: str | os.PathLike[str], what: str) -> Side:
         files = CheckpointFiles(path, what)
     except FileNotFoundError as bad:
         raise CompositionError(str(bad)) from bad
-    model: nn.Module | None = None
+    target: Target | None = None
     config: dict[str, Any] = {}
     if (path / "config.json").is_file():
         config = read_config(path)
         try:
-            model = build_target(path).model
+            target = build_target(path)
         except CompositionError as bad:
             logger.warning("%s: tied weights are not known, names are the files' (%s)", what, bad)
+    model = target.model if target is not None else None
     index = ParameterIndex(model if model is not None else nn.Module())
     parameters: dict[str, list[str]] = {}
     if model is None:
@@ -118,7 +125,7 @@ def open_side(source: str | os.PathLike[str], what: str) -> Side:
     side = Side(
         what=what,
         files=files,
-        model=model,
+        target=target,
         index=index,
         parameters=dict(sorted(parameters.items())),
         others=[n for n in files.names if n not in named],
@@ -173,7 +180,7 @@ def pair_up(base: Side, tuned: Side, left_out: Collection[str]) -> tuple[list[Pa
         old, new = base.files.info(there), tuned.files.info(here)
         if old.shape != new.shape:
             raise BaseMismatchError(_other_shape(name, old, new))
-        pairs.append(Pair(name, there, here, _dtype(old), _dtype(new), new.numel))
+        pairs.append(Pair(name, there, here, base.dtype(old), tuned.dtype(new), new.numel))
     _check_others(base, tuned, left_out)
     if not pairs:
         raise CompositionError(
@@ -182,10 +189,6 @@ def pair_up(base: Side, tuned: Side, left_out: Collection[str]) -> tuple[list[Pa
             f"{next(iter(base.parameters), None)!r}. Are they checkpoints of one model?"
         )
     return pairs, only_tuned
-
-
-def _dtype(info: TensorInfo) -> torch.dtype:
-    return info.torch_dtype or torch.float32
 
 
 def _refuse_tie(one: str, other: str, tied: str, untied: str) -> None:

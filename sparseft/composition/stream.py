@@ -166,7 +166,9 @@ class StreamedMerge:
         """Check coefficients and contradictions of diffs that replace entries."""
         for name, parts in self.touched.items():
             if any(self.chosen[i].adapter.header(own).mode == "set" for i, own in parts):
-                plan = self._plan(name, self._dtype(self.homes[name][0]))
+                plan = self._plan(
+                    name, self.target.live_dtype(self.files.info(self.homes[name][0]))
+                )
                 plan.check(self.coeffs, [loaded.name for loaded in self.chosen])
 
     def _check_contents(self, check_base: bool) -> None:
@@ -216,10 +218,6 @@ class StreamedMerge:
 
     # What the files will hold.
 
-    def _dtype(self, home: str) -> torch.dtype:
-        found = self.files.info(home).torch_dtype
-        return found if found is not None else torch.float32
-
     def _new_dtype(self) -> torch.dtype:
         """Dtype of tensors that the base does not have: that which from_pretrained would choose."""
         if self.target.dtype is not None:
@@ -254,7 +252,7 @@ class StreamedMerge:
                 if info.name not in gone:
                     new = names.get(info.name, info.name)
                     self.origin[new] = info.name
-                    kept.append(info._replace(name=new))
+                    kept.append(self._as_live(info)._replace(name=new))
             self.layout.append((shard, kept))
         dtype = self._new_dtype()
         for name in added:
@@ -267,6 +265,13 @@ class StreamedMerge:
                 name = self._canonical(info.name)
                 if name in self.dense and info.torch_dtype is not None:
                     self._replacement(name, info.torch_dtype)
+
+    def _as_live(self, info: TensorInfo) -> TensorInfo:
+        """Describe a stored tensor in the dtype in which the model has it."""
+        if info.name not in self.places.parameters or not info.is_floating:
+            return info
+        dtype = self.target.live_dtype(info)
+        return info._replace(dtype=dtype_name(dtype), nbytes=info.numel * dtype.itemsize)
 
     def _reshape_replaced(self) -> None:
         """A head of another size takes the place of the base's."""
@@ -334,12 +339,16 @@ class StreamedMerge:
         name = self._canonical(info.name)
         if name in self.dense and info.torch_dtype is not None:
             return raw_pieces(self._replacement(name, info.torch_dtype))
+        stored = self.files.info(self.origin[info.name])
         if name in self.touched:
-            return raw_pieces(self._composed(name, self.files.read(self.origin[info.name])))
-        return self.files.pieces(self.origin[info.name])
+            return raw_pieces(self._composed(name, stored, info.torch_dtype))
+        if stored.dtype != info.dtype and info.torch_dtype is not None:
+            return raw_pieces(self.files.read(stored.name).to(info.torch_dtype))
+        return self.files.pieces(stored.name)
 
-    def _composed(self, name: str, tensor: Tensor) -> Tensor:
-        """Write the adapters' entries into a tensor of the base."""
+    def _composed(self, name: str, stored: TensorInfo, dtype: torch.dtype | None) -> Tensor:
+        """Return a tensor of the base with the adapters' entries written into it."""
+        tensor = self.files.read(stored.name).to(dtype)
         plan = self._plan(name, tensor.dtype)
         rule = self.recipe.among(sum(1 for c in self.coeffs if c))
         compose_into_(tensor, plan, self.coeffs, rule)

@@ -16,6 +16,7 @@ from torch import nn
 
 from sparseft.adapter import Adapter
 from sparseft.errors import CompositionError
+from sparseft.io.checkpoint_files import TensorInfo
 from sparseft.io.hub import first_line
 from sparseft.modules import ParameterIndex
 from sparseft.modules.prefixes import find_name
@@ -89,13 +90,25 @@ class Target:
         model: on the meta device, ties resolved.
         own: whether it is the class that the base names itself.
         config: content for ``config.json``; None: the base's as it is.
-        dtype: what tensors get that the base does not have; None: that of its others.
+        dtype: what config.json says the model is loaded in; None: what the files have.
     """
 
     model: nn.Module
     own: bool
     config: dict[str, Any] | None
     dtype: torch.dtype | None
+
+    def live_dtype(self, info: TensorInfo) -> torch.dtype:
+        """Return the dtype of a stored floating parameter in the model.
+
+        What is stored narrower than config.json says (weights published in fp16 of an fp32 model)
+        is loaded in that dtype, or an adapter's change would be lost to rounding; what is stored
+        wider keeps its own.
+        """
+        stored = info.torch_dtype or torch.float32
+        if self.dtype is not None and torch.promote_types(stored, self.dtype) == self.dtype:
+            return self.dtype
+        return stored
 
 
 def class_for(config: Any, architecture: str | None, heads: Heads) -> str:
@@ -170,9 +183,8 @@ def build_target(
         content["id2label"] = names
         content["label2id"] = {label: int(i) for i, label in names.items()}
     dtype = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)
-    return Target(
-        model, own, content if changed else None, dtype if isinstance(dtype, torch.dtype) else None
-    )
+    known = isinstance(dtype, torch.dtype) and dtype.is_floating_point
+    return Target(model, own, content if changed else None, dtype if known else None)
 
 
 @dataclass

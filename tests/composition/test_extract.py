@@ -122,6 +122,17 @@ class TestRoundTrip:
         with pytest.raises(CompositionError, match="only .*tuned has .*new='dense'"):
             extract_adapter(tmp_path / "base", tmp_path / "tuned", new="error")
 
+    def test_a_base_stored_narrower_than_it_is_loaded(self, tmp_path):
+        make(dtype=torch.float16).save_pretrained(tmp_path / "base")
+        set_config(tmp_path / "base", dtype="float32", torch_dtype="float32")
+        loaded = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "base", dtype="auto")
+        tune(loaded).save_pretrained(tmp_path / "tuned")
+        adapter = extract_adapter(tmp_path / "base", tmp_path / "tuned", mode="set")
+        assert 0 < adapter.nnz < 0.5 * sum(d.numel for d in adapter.values())
+        out = merge_into_checkpoint(tmp_path / "base", [adapter], None, tmp_path / "out")
+        wanted = stored(tmp_path / "tuned")
+        assert {n: raw(t) for n, t in stored(out).items()} == {n: raw(t) for n, t in wanted.items()}
+
     def test_pickles_of_either_side(self, folders, tmp_path):
         base, tuned = folders
         wanted = extract_adapter(base, tuned)

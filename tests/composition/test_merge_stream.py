@@ -342,6 +342,27 @@ class TestBeside:
         assert "| sw | 1 |" in (out / "README.md").read_text()
 
 
+def test_files_narrower_than_the_model(tmp_path):
+    """fp16 files under a config that says fp32, as some are published: composed in fp32."""
+    model = make(dtype=torch.float16)
+    model.save_pretrained(tmp_path / "base")
+    content = json.loads((tmp_path / "base" / "config.json").read_text())
+    content["dtype"] = content["torch_dtype"] = "float32"
+    (tmp_path / "base" / "config.json").write_text(json.dumps(content))
+    adapters = {"sw": change(model, 0), "st": change(model, 1, mode="set")}
+    out = merge_into_checkpoint(tmp_path / "base", adapters, None, tmp_path / "out")
+    wanted = composed("BertForMaskedLM", tmp_path / "base", adapters, ["sw", "st"])
+    assert {t.dtype for t in wanted.values()} == {torch.float32}
+    assert same(stored(out), wanted)
+    # The other way round nothing is narrowed.
+    content["dtype"] = content["torch_dtype"] = "bfloat16"
+    (tmp_path / "out" / "config.json").write_text(json.dumps(content))
+    again = merge_into_checkpoint(
+        out, {"sw": adapters["sw"]}, None, tmp_path / "again", check_base=False
+    )
+    assert {t.dtype for t in stored(again).values()} == {torch.float32}
+
+
 def test_old_names_of_layer_norms(tmp_path):
     """transformers renames them when it loads; the file keeps what it has."""
     model = make()
