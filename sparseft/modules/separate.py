@@ -365,10 +365,12 @@ class Site:
         if whole or batch is None:
             ids3, y3, shape = ids.reshape(1, -1), y.reshape(1, -1, dim), y.shape
         else:
-            if ids.ndim > 1 and ids.shape[0] == 1 and batch > 1:
+            if ids.ndim > 1 and ids.shape[0] == 1:
                 # Positions shared by the rows: each row gets its own from here on.
                 ids, y = ids.expand(batch, *ids.shape[1:]), y.expand(batch, *y.shape[1:])
-            if ids.ndim < 2 or ids.shape[0] != batch:
+            # (query, key) distances, not (batch, position) ids, whatever their numbers are
+            distances = self.name.endswith("relative_attention_bias.weight")
+            if ids.ndim < 2 or ids.shape[0] != batch or distances:
                 raise CompositionError(
                     f"{self.name!r}: it looks up ids of shape {tuple(ids.shape)}, which are not "
                     f"{batch} rows (batch first); rows(...) cannot tell which row an id belongs "
