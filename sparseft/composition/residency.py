@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, TypeVar, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -15,13 +15,11 @@ from sparseft._text import did_you_mean, human_bytes, parse_bytes
 from sparseft.adapter import Adapter, DiffSource
 from sparseft.composition.copies import Copies, copies_for
 from sparseft.composition.residency_report import Moved, ResidencyReport, Resident, Tier
-from sparseft.composition.shelf import Held, Kind, Parcel, Shelf
+from sparseft.composition.shelf import Held, Item, Kind, Parcel, Shelf, nbytes_of, parts_of, rebuilt
 from sparseft.diff import SparseDiff
 from sparseft.errors import CompositionError, OptionError, UnknownNameError
 
 __all__ = ["Moved", "Residency", "ResidencyReport", "Resident", "Tier"]
-
-_Item = TypeVar("_Item", SparseDiff, Tensor)
 
 
 class Residency:
@@ -178,7 +176,7 @@ class Residency:
                     f"{did_you_mean(tensor_name, adapter.dense)}"
                 )
             if (name, "dense") not in self._sizes:
-                self._measure(name, "dense", map(_nbytes, adapter.dense.values()))
+                self._measure(name, "dense", map(nbytes_of, adapter.dense.values()))
             return self._get(name, "dense", adapter.dense, tensor_name, _as_device(device))
 
     # What lies where.
@@ -222,8 +220,18 @@ class Residency:
             )
             return ResidencyReport(residents, self._device_budget, self._host.budget, self.moved)
 
-    def __getstate__(self) -> dict[str, Any]:  # a deep copy gets a lock of its own
-        return {key: value for key, value in self.__dict__.items() if key != "_lock"}
+    def __getstate__(self) -> dict[str, Any]:
+        # A deep copy or pickle takes the adapters along, and fills tiers of its own when used.
+        with self._lock:
+            state = {key: value for key, value in self.__dict__.items() if key != "_lock"}
+            return {
+                **state,
+                "_adapters": OrderedDict(self._adapters),
+                "_host": Shelf(self._host.budget),
+                "_devices": {},
+                "_in_use": Counter(),
+                "_counts": Counter(),
+            }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _lock=threading.RLock())
@@ -248,8 +256,8 @@ class Residency:
         return self._adapters[name]
 
     def _get(
-        self, name: str, kind: Kind, source: Mapping[str, _Item], own: str, device: torch.device
-    ) -> _Item:
+        self, name: str, kind: Kind, source: Mapping[str, Item], own: str, device: torch.device
+    ) -> Item:
         self._adapters.move_to_end(name)
         if device.type == "cpu":
             return self._on_host(name, kind, source, own, device)[0]
@@ -258,7 +266,7 @@ class Residency:
         parcel = shelf.parcels.get(key)
         if parcel is not None and own in parcel.held:
             self._counts["hits"] += 1
-            return _ready(parcel.held[own])
+            return parcel.held[own].use()
         crowded = shelf.budget is not None and sum(self._total.values()) > shelf.budget
         if crowded or key in self._host.parcels:
             item, pinned = self._on_host(name, kind, source, own, device)
@@ -278,8 +286,8 @@ class Residency:
         return held.item  # type: ignore[return-value]
 
     def _on_host(
-        self, name: str, kind: Kind, source: Mapping[str, _Item], own: str, device: torch.device
-    ) -> tuple[_Item, bool]:
+        self, name: str, kind: Kind, source: Mapping[str, Item], own: str, device: torch.device
+    ) -> tuple[Item, bool]:
         """Return a tensor in host memory, on its way to ``device``, and whether it is pinned.
 
         It is left where it is if it lies on another device, or where there is no room. What goes on
@@ -290,7 +298,7 @@ class Residency:
         parcel = self._host.parcels.get(key)
         if parcel is not None and own in parcel.held:
             self._counts["hits"] += here
-            return _ready(parcel.held[own]), parcel.copies.pins
+            return parcel.held[own].use(), parcel.copies.pins
         item = source[own]
         on_cpu = item.device.type == "cpu"
         in_file = on_cpu and isinstance(self._adapters[name].diffs, DiffSource)
@@ -307,16 +315,16 @@ class Residency:
             self._counts["misses"] += here
             self._counts["streamed"] += here
             return (item if on_cpu else item.to("cpu")), False
-        parts: list[Tensor] = _parts(item)
+        parts: list[Tensor] = parts_of(item)
         # Compact indices were decoded into memory of their own, which the adapter keeps as well.
         decoded = int(kind == "diff" and self._adapters[name].header(own).encoding == "gaps")
         kept: list[Tensor] = parts[:decoded] if in_file and not parcel.copies.pins else []
         copied: list[Tensor] = [parcel.copies.to_host(part) for part in parts[len(kept) :]]
-        nbytes = sum(parcel.copies.host_cost(_nbytes(part)) for part in parts)
-        item = _rebuilt(item, [*kept, *copied])
+        nbytes = sum(parcel.copies.host_cost(nbytes_of(part)) for part in parts)
+        item = rebuilt(item, [*kept, *copied])
         parcel.held[own] = Held(item, nbytes)
         self._counts["misses"] += here
-        self._counts["host_bytes"] += sum(map(_nbytes, copied))
+        self._counts["host_bytes"] += sum(map(nbytes_of, copied))
         return item, parcel.copies.pins
 
     def _place(
@@ -348,7 +356,7 @@ class Residency:
     def _landed(
         self,
         copies: Copies,
-        item: _Item,
+        item: Item,
         device: torch.device,
         pinned: bool,
         shelf: Shelf,
@@ -357,7 +365,7 @@ class Residency:
         """Copy to a device; if its memory runs out, others are moved down, one by one."""
         while True:
             try:
-                landed = copies.to_device(_parts(item), device, pinned=pinned)
+                landed = copies.to_device(parts_of(item), device, pinned=pinned)
             except torch.OutOfMemoryError:
                 victims = self._victims(shelf, key[0])
                 if not victims:
@@ -366,8 +374,8 @@ class Residency:
                     raise
                 self._move_down(shelf, victims[0])
             else:
-                nbytes = sum(map(_nbytes, landed.parts))
-                return Held(_rebuilt(item, landed.parts), nbytes, landed.ready)
+                nbytes = sum(map(nbytes_of, landed.parts))
+                return Held(rebuilt(item, landed.parts), nbytes, landed.ready)
 
 
 def _budget(what: str, given: int | str | None) -> int | None:
@@ -383,24 +391,3 @@ def _as_device(device: torch.device | str) -> torch.device:
     if found.type == "cuda" and found.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return found
-
-
-def _parts(item: SparseDiff | Tensor) -> list[Tensor]:
-    return [item.indices, item.values] if isinstance(item, SparseDiff) else [item]
-
-
-def _rebuilt(item: _Item, parts: Sequence[Tensor]) -> _Item:
-    """Return what ``item`` is, made of these copies of its parts."""
-    if isinstance(item, SparseDiff):
-        return SparseDiff._trusted(parts[0], parts[1], item.shape, item.mode)
-    return parts[0]
-
-
-def _nbytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
-
-
-def _ready(held: Held) -> Any:
-    if held.ready is not None:
-        held.ready()
-    return held.item

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypeVar
 
 from torch import Tensor
 
 from sparseft.composition.copies import Copies
 from sparseft.diff import SparseDiff
 
-__all__ = ["Held", "Kind", "Parcel", "Shelf"]
+__all__ = ["Held", "Item", "Kind", "Parcel", "Shelf", "nbytes_of", "parts_of", "rebuilt"]
 
 Kind: TypeAlias = Literal["diff", "dense"]
+Item = TypeVar("Item", SparseDiff, Tensor)
 
 
 @dataclass
@@ -29,6 +30,12 @@ class Held:
     item: SparseDiff | Tensor
     nbytes: int
     ready: Callable[[], None] | None = None
+
+    def use(self) -> Any:
+        """Return the item, to be used on the stream that is current."""
+        if self.ready is not None:
+            self.ready()
+        return self.item
 
 
 @dataclass
@@ -74,3 +81,20 @@ class Shelf:
         """Forget what lies there of an adapter, if anything does."""
         for key in [key for key in self.parcels if key[0] == name]:
             del self.parcels[key]
+
+
+def parts_of(item: SparseDiff | Tensor) -> list[Tensor]:
+    """Return the tensors that a diff or a dense tensor is made of."""
+    return [item.indices, item.values] if isinstance(item, SparseDiff) else [item]
+
+
+def rebuilt(item: Item, parts: Sequence[Tensor]) -> Item:
+    """Return what ``item`` is, made of these copies of its parts."""
+    if isinstance(item, SparseDiff):
+        return SparseDiff._trusted(parts[0], parts[1], item.shape, item.mode)
+    return parts[0]
+
+
+def nbytes_of(tensor: Tensor) -> int:
+    """Return the bytes of a tensor's elements."""
+    return tensor.numel() * tensor.element_size()

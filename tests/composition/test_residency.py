@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
+import pickle
 import threading
 import weakref
 
@@ -344,6 +346,21 @@ def test_report(files):
     assert "1 misses (0 streamed)" in str(report.moved)
 
 
+def test_a_deep_copy_is_independent(files):
+    machine = Machine()
+    residency = residency_of(files(10, 10), device_bytes=300, copies=machine)
+    residency.diff("n0", "a", GPU)
+    alive = dict(machine.alive)
+    with residency.using("n0"):
+        other = copy.deepcopy(residency)
+    assert machine.alive == alive, "what lies in tiers is not copied"
+    assert other.moved == Moved()
+    assert other.diff("n0", "a", "cpu").equals(residency.diff("n0", "a", "cpu"))
+    other.remove("n0")
+    assert residency.where("n0") == "device"
+    pickle.loads(pickle.dumps(Residency(host_bytes=5)))
+
+
 def test_bad_use(files):
     residency = residency_of(files(10, head=2))
     with pytest.raises(CompositionError, match="'n0' is here already"):
@@ -392,6 +409,45 @@ def test_pinned_blocks_are_powers_of_two():
     assert [cost(n) for n in (0, 1, 2, 3, 1024, 1025)] == [0, 1, 2, 4, 1024, 2048]
     assert isinstance(copies_for(torch.device("cuda")), CudaCopies)
     assert isinstance(copies_for(torch.device("cpu")), PlainCopies)
+
+
+class Stream:
+    device = torch.device("meta")
+
+    def __init__(self, log):
+        self.log = log
+
+    def wait_event(self, event):
+        self.log.append(("waits", self, event.recorded))
+
+
+class Event:
+    recorded: Stream | None = None
+
+    def record(self, stream):
+        self.recorded = stream
+
+
+class Part(torch.Tensor):
+    def record_stream(self, stream):
+        stream.log.append(("in use", stream))
+
+
+def test_only_another_stream_waits(monkeypatch):
+    """The order of calls, without a GPU; whether they do what they say is the GPU lane's."""
+    log: list[tuple[object, ...]] = []
+    one, other = Stream(log), Stream(log)
+    current = [one]
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current[0])
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    parts = [torch.zeros(2, device="meta").as_subclass(Part) for _ in range(2)]
+    landed = CudaCopies().to_device(parts, torch.device("meta"), pinned=True)
+    assert landed.ready is not None
+    landed.ready()
+    assert log == [], "on the stream of the copy the order is given"
+    current[0] = other
+    landed.ready()
+    assert log == [("waits", other, one), ("in use", other), ("in use", other)]
 
 
 @pytest.mark.gpu
