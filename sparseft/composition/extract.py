@@ -83,8 +83,7 @@ def extract_adapter(
     check_choice("mode", mode, Mode)
     check_choice("new", new, New)
     before, after = open_side(base, "base"), open_side(tuned, "tuned")
-    named = [*after.parameters, *after.others]
-    left_out = set(match_patterns(exclude, named)) if exclude else set()
+    left_out = _left_out(after, exclude) if exclude else set()
     pairs, only_new = pair_up(before, after, left_out)
     if new == "error" and only_new:
         raise CompositionError(
@@ -127,6 +126,15 @@ def extract_adapter(
     for suffix in (".safetensors", ".bin"):
         title = title.removesuffix(suffix)
     return Adapter(diffs, name=name or title, dense=heads, metadata=metadata)
+
+
+def _left_out(after: Side, exclude: str | Iterable[str]) -> set[str]:
+    """Return the tensors that globs name, tied ones under any of their names."""
+    named = {name: name for name in (*after.parameters, *after.others)}
+    for name in after.parameters:
+        if name in after.index:
+            named |= dict.fromkeys(after.index.aliases(name), name)
+    return {named[found] for found in match_patterns(exclude, list(named))}
 
 
 Found = Iterator[tuple[Pair, SparseDiff, TensorFingerprint]]

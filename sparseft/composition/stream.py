@@ -251,6 +251,11 @@ class StreamedMerge:
             for info in shard.tensors.values():
                 if info.name not in gone:
                     new = names.get(info.name, info.name)
+                    if new in self.origin:
+                        raise CompositionError(
+                            f"{self.origin[new]!r} and {info.name!r} of {self.files.path} are both "
+                            f"{new!r} in the model; one of them is left over from another save."
+                        )
                     self.origin[new] = info.name
                     kept.append(self._as_live(info)._replace(name=new))
             self.layout.append((shard, kept))

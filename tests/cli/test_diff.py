@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -19,24 +16,15 @@ def folders(tiny, tmp_path_factory):
     return tiny.save_tiny(work / "base"), tiny.save_tiny(work / "tuned", num_labels=3, seed=1)
 
 
-def test_there_and_back(folders, tmp_path):
-    """As a user types it, from another directory."""
-    base, tuned = folders
-
-    def sparseft(*words):
-        done = subprocess.run(
-            [sys.executable, "-m", "sparseft", *words],
-            capture_output=True, text=True, cwd=tmp_path, timeout=300,
-        )  # fmt: skip
-        assert done.returncode == OK, done.stderr
-        return done.stdout
-
-    out = sparseft("diff", str(base), str(tuned), "--all", "--mode", "set", "--out", "change")
-    adapter = Adapter.load(tmp_path / "change")
-    assert f"{adapter.nnz:,} entries in {len(adapter)} tensors, 4 kept whole (classifier" in out
-    sparseft("compose", "--base", str(base), "--adapter", "change", "--out", "again")
-    wanted = load_file(tuned / "model.safetensors")
-    got = load_file(tmp_path / "again" / "model.safetensors")
+def test_there_and_back(folders, tmp_path, capsys, monkeypatch):
+    base, tuned = map(str, folders)
+    monkeypatch.chdir(tmp_path)
+    assert main(["diff", base, tuned, "--all", "--mode", "set", "--out", "change"]) == OK
+    adapter = Adapter.load("change")
+    said = f"{adapter.nnz:,} entries in {len(adapter)} tensors, 4 kept whole (classifier"
+    assert said in capsys.readouterr().out
+    assert main(["compose", "--base", base, "--adapter", "change", "--out", "again"]) == OK
+    wanted, got = load_file(f"{tuned}/model.safetensors"), load_file("again/model.safetensors")
     assert set(got) == set(wanted)
     assert all(torch.equal(got[n], t) for n, t in wanted.items())
 

@@ -240,6 +240,7 @@ class TestContents:
         adapter = extract_adapter(base, tuned, exclude=["*.embeddings.*", "cls.*"])
         assert adapter.names
         assert not [n for n in adapter if "embeddings" in n or n.startswith("cls")]
+        assert EMBED not in extract_adapter(base, tuned, exclude=DECODER), "tied, by its other name"
         with pytest.raises(UnknownNameError, match="matches none"):
             extract_adapter(base, tuned, exclude="embed")
 

@@ -159,3 +159,14 @@ def test_a_linked_folder_is_replaced_where_it_lies(base):
     assert link.is_symlink()
     assert (real / "model.safetensors").is_file()
     assert sorted(p.name for p in base.parent.iterdir()) == ["base", "link", "real"]
+
+
+def test_a_tensor_that_is_there_twice(base):
+    """Under two names that become one where the head changes, and with it the names."""
+    state = load_file(base / "model.safetensors")
+    state[OUTPUT.removeprefix("bert.")] = state[OUTPUT].clone()
+    save_file(state, base / "model.safetensors", {"format": "pt"})
+    head = {"classifier.weight": torch.ones(3, 8), "classifier.bias": torch.zeros(3)}
+    head |= {"bert.pooler.dense.weight": torch.eye(8), "bert.pooler.dense.bias": torch.zeros(8)}
+    nli = Adapter(dict(change(make(), 0)), name="nli", dense=head)
+    refused(base, [nli], "both 'bert.encoder.layer.0.output.dense.weight' in the model")

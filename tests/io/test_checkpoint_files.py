@@ -270,3 +270,30 @@ class TestFolders:
             find_model("file.bin")
         with pytest.raises(CompositionError, match=r"tuned model: no folder ./gone"):
             find_model("./gone", "tuned")
+
+    def test_a_name_on_the_hub(self, tmp_path, monkeypatch):
+        """Files of pickles are fetched only where there are no others; half a cache is not used."""
+        import huggingface_hub
+
+        cache, asked = tmp_path / "cache", []
+        cache.mkdir()
+
+        def snapshot_download(name, *, ignore_patterns, local_files_only=False):
+            asked.append((local_files_only, "*.bin" in ignore_patterns))
+            if not local_files_only:
+                (cache / "config.json").write_text("{}")
+                if "*.bin" not in ignore_patterns:
+                    (cache / "pytorch_model.bin").write_bytes(b"")
+            return str(cache)
+
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+        monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *a, **k: None)
+        assert find_model("org/pickled") == cache
+        assert asked == [(True, True), (True, False), (False, True), (False, False)]
+        asked.clear()
+        assert find_model("org/pickled") == cache
+        assert asked == [(True, True)], "what was downloaded is used as it is"
+        (cache / "pytorch_model.bin").unlink()
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **where: str(cache))
+        with pytest.raises(CompositionError, match="no weights that are whole.*hf download"):
+            find_model("org/nothing")
