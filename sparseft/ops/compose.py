@@ -212,7 +212,15 @@ def _backward(ctx, grad):
     return grad, None, None, d_values, None, None, None, d_coeffs, None
 
 
+def _no_second_derivative(ctx, *grads):
+    raise DiffError(
+        "compose_diffs is differentiable once; its gradient has no derivative. For second "
+        "derivatives add diff.to_dense() by torch operations."
+    )
+
+
 torch.library.register_autograd("sparseft::compose_entries", _backward, setup_context=_setup)
+torch.library.register_autograd("sparseft::compose_entries_grad", _no_second_derivative)
 
 
 # Public functions.
