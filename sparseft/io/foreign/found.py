@@ -93,9 +93,9 @@ class Found:
         own = self.path.resolve()
         if own.parent.name == "snapshots":  # the cache of downloads: models--OWNER--NAME/snapshots
             return own.parent.parent.name.rpartition("--")[2]
-        return own.stem if self.path.is_file() and not self.config else (
-            own.parent.name if self.path.is_file() else own.name
-        )  # fmt: skip
+        if not self.path.is_file():
+            return own.name
+        return own.parent.name if self.config else own.stem
 
     @property
     def nbytes(self) -> int:
