@@ -5,6 +5,8 @@
     python benchmarks/run.py --model path/to/encoder
     python benchmarks/run.py suite --out DIR         # kernels and steps on a GPU
     python benchmarks/run.py suite --only 'sampled_grad/*' --minutes 3
+    python benchmarks/run.py compose                 # switching and loading adapters, XLM-R base
+    python benchmarks/run.py compose --model small   # the same on a small encoder, a minute
 
 Run it as a file, not with -m. The sides run in turns; use an idle machine, or `--clock cpu` on
 a busy one. The table of training steps can also be asked for as `run.py step`.
@@ -20,6 +22,7 @@ import torch
 
 from sparseft.benchmarking import (
     StepCase,
+    compose_cases,
     markdown_table,
     measure_step,
     results_folder,
@@ -27,6 +30,7 @@ from sparseft.benchmarking import (
     suite_cases,
     suite_markdown,
     suite_source,
+    suite_table,
     write_results,
 )
 
@@ -135,6 +139,51 @@ def suite(arguments: list[str]) -> int:
     return 0 if passed else 1
 
 
+def parse_compose(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="run.py compose",
+        description="Switching, re-weighting and loading adapters against composable-sft.",
+    )
+    parser.add_argument("--model", default="xlmr_base", choices=["xlmr_base", "small", "tiny"])
+    parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"])
+    parser.add_argument("--density", type=float, default=0.0276, help="of each adapter")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--only", default="*", help="glob over names of cases, e.g. '*switch*'")
+    parser.add_argument("--rounds", type=int, default=21, help="timed rounds of a case, at most")
+    parser.add_argument("--case-seconds", type=float, default=60.0, help="rounds end after so long")
+    parser.add_argument("--out", type=Path, help="folder of the results; left out: results/")
+    parser.add_argument("--name", default="compose", help="name of the result files")
+    return parser.parse_args(arguments)
+
+
+def compose(arguments: list[str]) -> int:
+    options = parse_compose(arguments)
+    torch.set_num_threads(options.threads)
+    tiny = options.model == "tiny"
+    extra = suite_source(torch.device(options.device), tiny=tiny)
+
+    def progress(results: list[dict]) -> None:
+        done = results[-1]
+        print(f"{done['status']:5} {done['took_seconds']:6.1f} s  {done['name']}", flush=True)
+
+    results = run_suite(
+        compose_cases(options.model, options.dtype, density=options.density),
+        options.device,
+        only=options.only,
+        minutes=float("inf"),
+        rounds=options.rounds,
+        case_seconds=options.case_seconds,
+        progress=progress,
+    )
+    passed = all(result["status"] == "ok" for result in results)
+    table = suite_table(results, extra)
+    folder = options.out or results_folder(HERE / "results", passed=passed and not tiny)
+    path = write_results(folder, options.name, {"suite": extra, "cases": results}, table)
+    print(f"\n{table}\nwritten to {path}")
+    return 0 if passed else 1
+
+
 def step(arguments: list[str]) -> int:
     options = parse(arguments)
     torch.set_num_threads(options.threads)
@@ -168,6 +217,8 @@ def step(arguments: list[str]) -> int:
 def main(arguments: list[str]) -> int:
     if arguments[:1] == ["suite"]:
         return suite(arguments[1:])
+    if arguments[:1] == ["compose"]:
+        return compose(arguments[1:])
     return step(arguments[1:] if arguments[:1] == ["step"] else arguments)
 
 

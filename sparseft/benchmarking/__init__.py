@@ -5,17 +5,18 @@ has no speed. `training_step` holds the committed table of CPU steps, `suite` an
 kernels and GPU steps.
 """
 
-from sparseft.benchmarking.cases import suite_cases
+from sparseft.benchmarking.cases import compose_cases, suite_cases
 from sparseft.benchmarking.paired import Comparison, alternate
 from sparseft.benchmarking.results import markdown_table, results_folder, write_results
 from sparseft.benchmarking.suite import run_suite
-from sparseft.benchmarking.suite_report import suite_markdown, suite_source
+from sparseft.benchmarking.suite_report import suite_markdown, suite_source, suite_table
 from sparseft.benchmarking.training_step import StepCase, measure_step
 
 __all__ = [
     "Comparison",
     "StepCase",
     "alternate",
+    "compose_cases",
     "markdown_table",
     "measure_step",
     "results_folder",
@@ -23,5 +24,6 @@ __all__ = [
     "suite_cases",
     "suite_markdown",
     "suite_source",
+    "suite_table",
     "write_results",
 ]

@@ -68,12 +68,14 @@ class Target:
         measure: the measured number; None where the contenders it needs did not run.
         limit: the number to reach.
         at_least: or else at most.
+        devices: types of devices that it is for.
     """
 
     what: str
     measure: Callable[[Timing, Mapping[str, Contender]], float | None]
     limit: float
     at_least: bool
+    devices: tuple[str, ...] = ("cuda",)
 
     def judge(self, timing: Timing, contenders: Mapping[str, Contender]) -> Facts:
         measured = self.measure(timing, contenders)
@@ -84,7 +86,9 @@ class Target:
         return {"what": self.what, sign: self.limit, "measured": measured, "met": met}
 
 
-def at_most(ratio: float, contender: str, against: str) -> Target:
+def at_most(
+    ratio: float, contender: str, against: str, *, devices: tuple[str, ...] = ("cuda",)
+) -> Target:
     """Time of ``contender`` over time of ``against``, at most."""
 
     def measure(timing: Timing, _: Mapping[str, Contender]) -> float | None:
@@ -92,10 +96,12 @@ def at_most(ratio: float, contender: str, against: str) -> Target:
             return timing.ratio(contender, against)
         return None
 
-    return Target(f"{contender}: time at most {ratio:g}x {against}", measure, ratio, False)
+    return Target(f"{contender}: time at most {ratio:g}x {against}", measure, ratio, False, devices)
 
 
-def faster(times: float, contender: str, against: str) -> Target:
+def faster(
+    times: float, contender: str, against: str, *, devices: tuple[str, ...] = ("cuda",)
+) -> Target:
     """Speed of ``contender`` over speed of ``against``, at least."""
 
     def measure(timing: Timing, _: Mapping[str, Contender]) -> float | None:
@@ -103,7 +109,8 @@ def faster(times: float, contender: str, against: str) -> Target:
             return statistics.median(timing.ratios(against, contender))
         return None
 
-    return Target(f"{contender}: at least {times:g}x the speed of {against}", measure, times, True)
+    what = f"{contender}: at least {times:g}x the speed of {against}"
+    return Target(what, measure, times, True, devices)
 
 
 @dataclass
@@ -114,9 +121,11 @@ class Prepared:
         contenders: by name, in the order of the report.
         baseline: whose time the others' are divided by.
         clocks: the first is the one of ratios and targets; others are timed besides.
-        targets: judged on GPUs only.
+        targets: judged on the devices that they are for.
         derive: more facts of a contender, from the times.
         facts: of the case.
+        warmup: untimed rounds.
+        least: rounds to time however long they take.
     """
 
     contenders: dict[str, Contender]
@@ -125,6 +134,8 @@ class Prepared:
     targets: tuple[Target, ...] = ()
     derive: Callable[[Timing, str, Contender], Facts] | None = None
     facts: Facts = field(default_factory=dict)
+    warmup: int = 3
+    least: int = 5
 
 
 @dataclass(frozen=True)
@@ -153,7 +164,7 @@ def run_suite(
         only: glob over names; cases that it leaves out are not mentioned.
         minutes: start no case after so long; the rest is listed as not run.
         rounds: timed rounds of a case, at most.
-        case_seconds: a case's rounds end after so long, and after five.
+        case_seconds: a case's rounds end after so long, and after its least number.
         progress: called with the results so far after each case that ran.
 
     Raises:
@@ -199,14 +210,23 @@ def _measure(case: Prepared, device: torch.device, rounds: int, seconds: float) 
     runs = {n: c.run for n, c in case.contenders.items() if c.status == "ok" and c.run is not None}
     share = seconds / len(case.clocks)
     timings = [
-        rotate(runs, device=device, clock=clock, rounds=rounds, seconds=share)
+        rotate(
+            runs,
+            device=device,
+            clock=clock,
+            rounds=rounds,
+            least=case.least,
+            seconds=share,
+            warmup=case.warmup,
+        )
         for clock in case.clocks
         if runs
     ]
     rows = [_row(name, contender, case, timings) for name, contender in case.contenders.items()]
     judged: list[Facts] = []
-    if device.type == "cuda" and timings:
-        judged = [target.judge(timings[0], case.contenders) for target in case.targets]
+    if timings:
+        wanted = [target for target in case.targets if device.type in target.devices]
+        judged = [target.judge(timings[0], case.contenders) for target in wanted]
     statuses = {row["status"] for row in rows}
     return {
         "status": next((s for s in ("red", "error") if s in statuses), "ok"),

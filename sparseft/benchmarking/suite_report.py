@@ -9,12 +9,19 @@ from typing import Any
 
 import torch
 
-from sparseft.benchmarking.results import markdown_table
+from sparseft.benchmarking.results import machine, markdown_table
 from sparseft.evaluation.provenance import provenance
 
-__all__ = ["suite_markdown", "suite_source"]
+__all__ = ["suite_markdown", "suite_source", "suite_table"]
 
 _TARGETS = {"case": "case", "what": "target", "measured": "measured", "met": "met"}
+_ONE = {
+    "case": "case",
+    "name": "contender",
+    "time": "time (quartiles)",
+    "ratio": "/ first of the case (quartiles)",
+    "figures": "figures",
+}
 _UNITS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "us"))
 
 
@@ -37,7 +44,14 @@ def suite_source(
     versions = dict(source["versions"])
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         versions["peft"] = importlib.metadata.version("peft")
-    lines = {"device": "cpu"}
+    here = machine()
+    lines = {
+        "device": f"cpu: {here['cpu']}, {here['cores']} cores",
+        "threads": str(torch.get_num_threads()),
+        "load average": "unknown"
+        if here["load_average"] is None
+        else f"{here['load_average']:.1f}",
+    }
     if device.type == "cuda":
         found = torch.cuda.get_device_properties(device)
         lines = {
@@ -62,6 +76,33 @@ def suite_markdown(results: Sequence[Mapping[str, Any]], source: Mapping[str, st
     return "\n".join(parts)
 
 
+def suite_table(results: Sequence[Mapping[str, Any]], source: Mapping[str, str]) -> str:
+    """Return all contenders of all cases in one table, with the lines of `suite_source` on top."""
+    rows = []
+    for result in results:
+        if "contenders" not in result:
+            rows.append(dict.fromkeys(_ONE, "") | _failed(result))
+            continue
+        clock = next((c for row in result["contenders"] for c in row.get("clocks", ())), "wall")
+        for row in result["contenders"]:
+            cells = _row(row, [clock])
+            rows.append(
+                {
+                    "case": result["name"],
+                    "name": cells["name"],
+                    "time": cells[f"{clock} time"],
+                    "ratio": cells[f"{clock} ratio"],
+                    "figures": cells["figures"],
+                }
+            )
+    lines = "".join(f"- {key}: {value}\n" for key, value in source.items())
+    return "\n".join([lines, _targets(results), markdown_table(rows, _ONE)])
+
+
+def _failed(result: Mapping[str, Any]) -> dict[str, str]:
+    return {"case": result["name"], "figures": f"**{result['status']}**: {result['reason']}"}
+
+
 def _targets(results: Sequence[Mapping[str, Any]]) -> str:
     rows = [
         {
@@ -76,7 +117,7 @@ def _targets(results: Sequence[Mapping[str, Any]]) -> str:
         for target in result.get("targets", ())
     ]
     if not rows:
-        return "## Targets\nNone judged: they are for GPUs.\n"
+        return "## Targets\nNone judged: they are for other devices or shapes.\n"
     return "## Targets\n" + markdown_table(rows, _TARGETS)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from sparseft.benchmarking.cases.compose import compose_cases, grid_case, language_case, switch_case
 from sparseft.benchmarking.cases.entries import entries_case
 from sparseft.benchmarking.cases.model_step import BASE, TINY, model_step_case
 from sparseft.benchmarking.cases.optimizer import optimizer_case
@@ -10,7 +11,7 @@ from sparseft.benchmarking.cases.spmm import spmm_case
 from sparseft.benchmarking.cases.topk import LLAMA, SMALL, XLMR, topk_case
 from sparseft.benchmarking.suite import Case
 
-__all__ = ["suite_cases"]
+__all__ = ["compose_cases", "suite_cases"]
 
 
 def suite_cases(*, tiny: bool = False) -> list[Case]:
@@ -28,6 +29,10 @@ def suite_cases(*, tiny: bool = False) -> list[Case]:
             topk_case("tiny", SMALL, "bf16"),
             spmm_case((64, 48), 6, 4, 2),
             *(entries_case(op, (64, 48)) for op in ("write_sum", "restore", "capture")),
+            language_case("tiny", "bf16"),
+            switch_case(2, "tiny", "bf16"),
+            switch_case(8, "tiny", "fp32"),
+            grid_case("tiny", "bf16"),
         ]
     return [
         sampled_grad_case((4096, 4096), 4096),
@@ -35,12 +40,17 @@ def suite_cases(*, tiny: bool = False) -> list[Case]:
         optimizer_case("fp32", layers=32),
         model_step_case(32, 128, shape=BASE),
         model_step_case(128, 128, shape=BASE),
+        language_case("xlmr_base", "bf16"),
+        switch_case(2, "xlmr_base", "bf16"),
+        switch_case(8, "xlmr_base", "bf16"),
         sampled_grad_case((4096, 4096), 16384),
         sampled_grad_case((11008, 4096), 16384),
         sampled_grad_case((768, 768), 4096),
         sampled_grad_case((3072, 768), 4096),
         topk_case("xlmr_base", XLMR, "bf16"),
         optimizer_case("bf16", layers=32),
+        grid_case("xlmr_base", "bf16"),
+        switch_case(2, "xlmr_base", "fp32"),
         topk_case("llama_8_layers", LLAMA, "bf16"),
         spmm_case((4096, 4096), 32, 1, 8),
         spmm_case((4096, 4096), 8, 128, 8),
