@@ -19,6 +19,7 @@ from sparseft.io.foreign.pickles import check_tensors, is_pickle, load_pickle
 
 __all__ = ["Conversion", "Found", "Written"]
 
+_DIFF_FILE = "pytorch_diff.bin"  # says nothing about whose it is
 _MAX_CONFIG = (
     10_000_000  # bytes; the largest honest ones (module names by the thousand) are below 1
 )
@@ -89,13 +90,13 @@ class Found:
 
     @property
     def name(self) -> str:
-        """Name of the adapter: the folder's, or the file's without its ending."""
+        """Name of the adapter: its folder's, or that of a file with a name of its own."""
         own = self.path.resolve()
         if own.parent.name == "snapshots":  # the cache of downloads: models--OWNER--NAME/snapshots
             return own.parent.parent.name.rpartition("--")[2]
         if not self.path.is_file():
             return own.name
-        return own.parent.name if self.config else own.stem
+        return own.parent.name if self.config or own.name == _DIFF_FILE else own.stem
 
     @property
     def nbytes(self) -> int:

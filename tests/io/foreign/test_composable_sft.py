@@ -80,6 +80,7 @@ def test_the_originals_files_load_exactly(deltas: dict[str, Tensor], tmp_path: P
         assert adapter[name].dtype == delta.dtype
         assert adapter[name].equals(SparseDiff.from_dense(delta))
     assert torch.equal(adapter.dense["classifier.weight"], head["classifier.weight"])
+    assert Adapter.load(folder / "pytorch_diff.bin").name == "sw"
     # As a file by any name, too.
     other = (folder / "pytorch_diff.bin").rename(tmp_path / "swahili.pt")
     assert Adapter.load(other).equals(adapter)
