@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +29,16 @@ logger = logging.getLogger(__name__)
 # What is in force in this context (thread or task), by handle. One variable for all handles: those
 # made outside of a module's top level are never freed.
 _local: ContextVar[Mapping[int, Applied]] = ContextVar("sparseft_separate", default={})  # noqa: B039
-# Sites that ran since the model's forward began, in this context.
-_seen: ContextVar[set[int] | None] = ContextVar("sparseft_separate_seen", default=None)
+
+
+class _Pass(NamedTuple):
+    """What is known of the model's forward under way."""
+
+    seen: set[int]  # sites that ran
+    lengths: set[int]  # positions of a row, as the inputs have them
+
+
+_pass: ContextVar[_Pass | None] = ContextVar("sparseft_separate_pass", default=None)
 
 RowSpec = Which | None
 # Where a model's forward has its batch, looked for in this order among keyword arguments.
@@ -51,7 +59,8 @@ class SeparateComposer:
             parameters whose layers were not called).
         adapters: name -> adapter, or path of one; more with `add`.
         check_base, dense, missing: as in `Composer`.
-        cache: how many compositions keep their sums (8 bytes an entry).
+        cache: how many compositions keep their sums (8 bytes an entry, and 4 more once it ran; 12
+            after a backward).
 
     Example:
         >>> import torch
@@ -111,7 +120,8 @@ class SeparateComposer:
                 with_kwargs=True,
             ),
             model.register_forward_hook(
-                lambda module, args, output: self._after_model(module, args, output)
+                lambda module, args, output: self._after_model(module, args, output),
+                always_call=True,
             ),
         ]
         for name, adapter in (adapters or {}).items():
@@ -280,10 +290,12 @@ class SeparateComposer:
             applied = self._in_force(site)
             if applied is None:
                 return None
-            seen = _seen.get()
-            if seen is not None:
-                seen.add(id(site))
-            return site.add(applied, args[0] if args else next(iter(kwargs.values())), output)
+            x = args[0] if args else next(iter(kwargs.values()))
+            now = _pass.get()
+            if now is None:
+                return site.add(applied, x, output)
+            now.seen.add(id(site))
+            return site.add(applied, x, output, now.lengths)
 
         return add
 
@@ -293,26 +305,30 @@ class SeparateComposer:
         applied = _local.get().get(id(self)) or self._default
         if applied is None or module is not self.model:
             return
-        _seen.set(set())
-        if applied.batch is None:
-            return
+        _pass.set(None)
+        lengths: set[int] = set()
         named = [kwargs[key] for key in _BATCH_KEYS if kwargs.get(key) is not None]
         for value in (*args, *named, *kwargs.values()):
             if isinstance(value, Tensor) and value.ndim:
-                if value.shape[0] != applied.batch:
+                if applied.batch not in (None, value.shape[0]):
                     raise CompositionError(
                         f"rows(...) was given {applied.batch} compositions for a batch of "
                         f"{value.shape[0]} rows (input of shape {tuple(value.shape)}); give one "
                         "per row."
                     )
-                return
+                lengths.update(value.shape[1:2])
+                break
+        _pass.set(_Pass(set(), lengths))
 
     def _after_model(self, module: nn.Module, args: Any, output: Any) -> None:
-        applied, seen = _local.get().get(id(self)) or self._default, _seen.get()
-        if applied is None or seen is None:
+        applied, now = _local.get().get(id(self)) or self._default, _pass.get()
+        if applied is None or now is None or module is not self.model:
             return
-        _seen.set(None)
-        ran = {n for site, _ in self._sites.values() if id(site) in seen for n in _names_of(site)}
+        _pass.set(None)
+        if output is None:  # an exception is under way
+            return
+        sites = [site for site, _ in self._sites.values() if id(site) in now.seen]
+        ran = {name for site in sites for name in (site.weight, site.bias)}
         silent = [n for n in applied.names if n not in ran and n not in self._warned]
         if silent:
             self._warned.update(silent)
@@ -333,7 +349,8 @@ class SeparateComposer:
         if self._closed:
             raise CompositionError("this SeparateComposer is closed; make a new one.")
         recipe = recipe_of(method, options)
-        with self._lock:
+        # What is made here is kept: a training step may follow an inference step.
+        with self._lock, torch.inference_mode(False), torch.no_grad():
             if self._blender.refresh():
                 for _, hook in self._sites.values():
                     hook.remove()
@@ -377,7 +394,3 @@ def _refuse_replica(module: nn.Module, site: Site) -> None:
             f"{site.name!r} runs in a replica of nn.DataParallel, where separate mode has no "
             "effect. Use DistributedDataParallel, or one process per device."
         )
-
-
-def _names_of(site: Site) -> list[str]:
-    return [n for n in (site.weight, site.bias) if n is not None]

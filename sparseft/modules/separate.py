@@ -115,6 +115,11 @@ def why_not_separate(module: nn.Module, attr: str) -> str | None:
     )
 
 
+def _ordinary() -> torch.inference_mode:
+    """Tensors made here are kept, and may be saved for backward by a later call."""
+    return torch.inference_mode(False)
+
+
 @dataclass(frozen=True, eq=False)
 class Delta:
     """What one composition does to one parameter.
@@ -150,7 +155,8 @@ class Delta:
     # One address for good: the kernels' tables are kept by address.
     @cached_property
     def _spread(self) -> Tensor:
-        return self._spread_out()
+        with _ordinary():
+            return self._spread_out()
 
 
 Blend = Mapping[str, Delta]  # one composition: canonical parameter name -> its delta
@@ -221,8 +227,9 @@ class Applied:
         """Return groups of rows as the ops take them, and each group's rows, on a device."""
         key = (rows, device)
         if key not in self._orders:
-            made = RowGroups.of(rows, self.batch or 0, device)
-            each = [torch.tensor(r, dtype=torch.long).to(device) for r in rows]
+            with _ordinary():
+                made = RowGroups.of(rows, self.batch or 0, device)
+                each = [torch.tensor(r, dtype=torch.long).to(device) for r in rows]
             self._orders[key] = made, each
         return self._orders[key]
 
@@ -234,14 +241,16 @@ class Applied:
             for place, group in enumerate(rows):
                 for row in group:
                     at[row] = place
-            self._places[key] = torch.tensor(at).to(device)
+            with _ordinary():
+                self._places[key] = torch.tensor(at).to(device)
         return self._places[key]
 
     def nothing(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return indices and values of a diff without entries, always the same tensors."""
         if device not in self._empty:
-            none = torch.empty(0, device=device)
-            self._empty[device] = none.int(), none
+            with _ordinary():
+                none = torch.empty(0, device=device)
+                self._empty[device] = none.int(), none
         return self._empty[device]
 
 
@@ -263,13 +272,16 @@ class Site:
     def name(self) -> str:
         return self.weight or self.bias or "?"
 
-    def add(self, applied: Applied, x: Tensor, y: Tensor) -> Tensor:
+    def add(
+        self, applied: Applied, x: Tensor, y: Tensor, lengths: set[int] | None = None
+    ) -> Tensor:
         """Return what the layer gives under the compositions.
 
         Args:
             applied: they.
             x: the layer's input.
             y: what its stock forward made of it.
+            lengths: positions of a row met so far in the model's forward, added to; None: unknown.
 
         Raises:
             CompositionError: the input cannot be told apart by rows of the batch.
@@ -281,13 +293,21 @@ class Site:
         if self.kind == "embedding":
             return self._add_embedding(applied, groups, whole, x, y)
         if self.kind == "layer_norm":
-            return self._add_layer_norm(applied, groups, whole, x, y)
-        return self._add_linear(applied, groups, whole, x, y)
+            return self._add_layer_norm(applied, groups, whole, x, y, lengths)
+        return self._add_linear(applied, groups, whole, x, y, lengths)
 
-    def _by_row(self, x: Tensor, batch: int) -> Tensor:
+    def _by_row(self, x: Tensor, batch: int, lengths: set[int] | None) -> Tensor:
         """View (B, ..., N), or (B * k, N) with k positions of a row together, as (B, L, N)."""
         rows = x.shape[0] if x.ndim > 1 else 0
-        if rows == 0 or rows % batch or (rows != batch and x.ndim > 2 and x.shape[1] == batch):
+        wrong = rows == 0 or rows % batch > 0
+        if x.ndim > 2:
+            wrong |= rows != batch and x.shape[1] == batch
+            if lengths is not None and rows == batch:
+                lengths.add(x.shape[1])
+        elif lengths is not None and not wrong:
+            # Tokens picked for an expert, say, are a multiple of the batch by chance only.
+            wrong = rows // batch not in lengths | {1}
+        if wrong:
             raise CompositionError(
                 f"{self.name!r}: its input has shape {tuple(x.shape)}, which is not {batch} rows "
                 "(batch first), or a multiple of that flattened; rows(...) cannot tell which row "
@@ -297,7 +317,13 @@ class Site:
         return x.reshape(batch, -1, x.shape[-1])
 
     def _add_linear(
-        self, applied: Applied, groups: list[_Group], whole: bool, x: Tensor, y: Tensor
+        self,
+        applied: Applied,
+        groups: list[_Group],
+        whole: bool,
+        x: Tensor,
+        y: Tensor,
+        lengths: set[int] | None,
     ) -> Tensor:
         kind = x.device.type
         if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
@@ -307,7 +333,7 @@ class Site:
             shape = (1, -1)
             x3, y3 = x.reshape(*shape, x.shape[-1]), y.reshape(*shape, y.shape[-1])
         else:
-            x3 = self._by_row(x, batch)
+            x3 = self._by_row(x, batch, lengths)
             y3 = y.reshape(*x3.shape[:2], y.shape[-1])
         sparse = [g for g in groups if g.weight is None or g.weight.replaced is None]
         if sparse:
@@ -403,7 +429,13 @@ class Site:
         return y3.view(shape)
 
     def _add_layer_norm(
-        self, applied: Applied, groups: list[_Group], whole: bool, x: Tensor, y: Tensor
+        self,
+        applied: Applied,
+        groups: list[_Group],
+        whole: bool,
+        x: Tensor,
+        y: Tensor,
+        lengths: set[int] | None,
     ) -> Tensor:
         module: Any = self.module
         wide = torch.promote_types(y.dtype, torch.float32)
@@ -414,7 +446,8 @@ class Site:
         out = y.to(wide)
         batch = applied.batch
         if not (whole or batch is None):
-            normal, out = self._by_row(normal, batch), self._by_row(out, batch)
+            normal = self._by_row(normal, batch, lengths)
+            out = out.reshape(normal.shape)
         for attr, factor in (("weight", normal), ("bias", None)):
             deltas = [getattr(g, attr) for g in groups]
             if all(d is None for d in deltas):

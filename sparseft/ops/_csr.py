@@ -52,9 +52,11 @@ def csr_of(indices: Tensor, rows: int, cols: int, *, transposed: bool) -> Csr:
         cols: of the weight.
         transposed: outputs are the weight's columns.
     """
+    # Tensors of inference mode have no version, and cannot be changed in place outside of it.
+    key = (rows, cols, 0 if indices.is_inference() else indices._version)
     known = _known.get(indices)
-    if known is None or known[0] != (rows, cols, indices._version):
-        known = _known[indices] = ((rows, cols, indices._version), {})
+    if known is None or known[0] != key:
+        known = _known[indices] = (key, {})
     made = known[1]
     if transposed not in made:
         made[transposed] = _build(indices, rows, cols, transposed)

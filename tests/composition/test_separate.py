@@ -337,6 +337,24 @@ def test_autocast(separate, model):
     model.zero_grad()
 
 
+def test_training_after_inference_mode(model, adapters):
+    hidden = torch.randn(4, 3, 6)
+    with SeparateComposer(model, adapters) as handle:
+        found = []
+        for _ in range(2):
+            with torch.inference_mode(), handle.rows(["sw", "qu", None, "nli"]):
+                found.append(model(IDS))
+                found.append(model.body(hidden))
+            with handle.rows(["sw", "qu", None, "nli"]):
+                out = model.body(hidden.clone().requires_grad_())
+                out.sum().backward()
+                assert torch.equal(out, found[1])
+            with torch.inference_mode():
+                with handle.rows(["sw", "qu", None, "nli"]):
+                    assert torch.equal(model(IDS), found[0])
+    model.zero_grad()
+
+
 # Threads, handles, life.
 
 
@@ -500,6 +518,13 @@ def test_another_base_is_refused(make_model, make_adapter, model, adapters):
         with pytest.raises(BaseMismatchError, match="'x' was made on another base"):
             with handle.rows(["sw", "x"]):
                 pass
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_coefficients_must_be_finite(separate, bad):
+    with pytest.raises(CompositionError, match="finite"):
+        with separate.rows([{"sw": bad}]):
+            pass
 
 
 def test_an_overflowing_sum_is_refused(model, make_adapter):

@@ -181,3 +181,24 @@ def test_a_model_that_moves_to_another_dtype():
         got = model(x.double())
         assert got.dtype == torch.float64
     torch.testing.assert_close(got, merged(model, adapter)(x.double()), rtol=1e-6, atol=1e-6)
+
+
+def test_tokens_picked_for_an_expert_are_not_taken_for_rows():
+    """4 picked tokens are two rows of two by their number only."""
+
+    class Routed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.expert = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x, picked):
+            hidden = self.first(x).flatten(0, 1)
+            return self.expert(hidden[picked])
+
+    model, x = Routed(), torch.randn(2, 3, 4)
+    adapter = adapter_of(model, "first.weight", "expert.weight")
+    with SeparateComposer(model, {"a": adapter}) as handle, handle.rows(["a", None]):
+        with pytest.raises(CompositionError, match=r"'expert.weight'.*\(4, 4\).*not 2 rows"):
+            model(x, torch.tensor([0, 1, 2, 4]))
+        everything = model(x, torch.arange(6)).view(2, 3, 4)
+        torch.testing.assert_close(everything[1], model.expert(model.first(x))[1])

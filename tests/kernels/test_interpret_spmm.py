@@ -149,6 +149,19 @@ def test_equal_rows_in_any_group_have_equal_bits(device):
 
 
 @pytest.mark.parametrize("device", LANES)
+@pytest.mark.parametrize("t", [6, 40])
+def test_nan_stays_in_its_token(t, device):
+    diff = make_diff(20, 300, "skewed", device)
+    x = torch.randn(t, 300, device=device)
+    clean = ops.spmm(x, diff, backend="triton")
+    x[3] = float("nan")
+    got = ops.spmm(x, diff, backend="triton")
+    kept = [row for row in range(t) if row != 3]
+    assert torch.equal(got[kept], clean[kept])
+    assert got[3].isnan().any()
+
+
+@pytest.mark.parametrize("device", LANES)
 def test_backward_through_the_kernels(device):
     diffs = [make_diff(20, 30, 0.3, device), make_diff(20, 30, 0.2, device)]
     rows = RowGroups.of([[1, 3], [0]], 4, device)

@@ -124,6 +124,17 @@ def test_rows_have_their_own_diffs(groups, length):
         assert not alone[row].any()
 
 
+def test_nan_and_infinity_stay_in_their_token():
+    diff = make_diff(40, 30, 0.3)
+    x, y = torch.randn(20, 30), torch.randn(20, 40)
+    clean = ops.spmm(x, diff, add_to=y)
+    x[3], x[9] = float("nan"), float("inf")
+    got = ops.spmm(x, diff, add_to=y)
+    kept = [t for t in range(20) if t not in (3, 9)]
+    assert torch.equal(got[kept], clean[kept])
+    assert not got[3].isfinite().any()
+
+
 def test_a_token_does_not_depend_on_how_many_there_are():
     diff = make_diff(130, 70, 0.3)
     x = torch.randn(600, 70)
