@@ -12,6 +12,7 @@ import functools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -54,18 +55,24 @@ class Composition:
     recipe: Recipe = Recipe()
     method_name: str = "linear"
     options: Mapping[str, object] = field(default_factory=dict)
+    _parents: dict[tuple[int, ...], tuple[str, ...]] = field(default_factory=dict, repr=False)
 
+    @cached_property
     def ordered_coeffs(self) -> list[float]:
+        """Coefficients by ordinal."""
         return [self.coeffs[name] for name in self.order]
 
+    @cached_property
     def rule(self) -> Rule | Combine:
-        """Return the rule, for as many adapters as take part."""
+        """The rule, for as many adapters as take part."""
         return self.recipe.among(sum(c != 0 for c in self.coeffs.values()))
 
-    def parents(self, ordinals: Sequence[int]) -> tuple[str, ...]:
-        """Digests of those adapters that have a coefficient other than 0."""
-        coeffs = self.ordered_coeffs()
-        return tuple(self.digests[i] for i in sorted(ordinals) if coeffs[i])
+    def parents(self, ordinals: tuple[int, ...]) -> tuple[str, ...]:
+        """Digests of those adapters, in ascending order, that have a coefficient other than 0."""
+        if ordinals not in self._parents:
+            coeffs = self.ordered_coeffs
+            self._parents[ordinals] = tuple(self.digests[i] for i in ordinals if coeffs[i])
+        return self._parents[ordinals]
 
 
 class Change(NamedTuple):
@@ -296,10 +303,8 @@ class Placement:
 
             undo.append(let_go)
             for name, parameter, indices, saved in slots([writer]):
-                shares = [s.ordinal for s in target.plans[name].shares]
-                place = _Place(
-                    parameter, Holder(target.label, indices, saved, target.parents(shares)), writer
-                )
+                parents = target.parents(target.plans[name].ordinals)
+                place = _Place(parameter, Holder(target.label, indices, saved, parents), writer)
                 held.append(name)
                 self._places[name] = place
                 push(parameter, place.holder)
@@ -326,7 +331,7 @@ class Placement:
         undo.append(put_back)
         for name, holder in holders_.items():
             holder.label = target.label
-            holder.parents = target.parents([s.ordinal for s in target.plans[name].shares])
+            holder.parents = target.parents(target.plans[name].ordinals)
         writer.write(target)
 
     def _put_dense(
@@ -340,7 +345,7 @@ class Placement:
     ) -> Tensor:
         saved = parameter.detach().clone()
         place = _Place(
-            parameter, Holder(target.label, None, saved, target.parents([ordinal])), None
+            parameter, Holder(target.label, None, saved, target.parents((ordinal,))), None
         )
 
         def let_go() -> None:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import combinations
 
 import torch
 from torch import Tensor
 
 from sparseft.composition.registry import Combine, Part, Recipe, Rule, Term
+from sparseft.composition.witness import Witness
 from sparseft.diff import Mode, SparseDiff
 from sparseft.errors import CompositionError
 from sparseft.ops._common import accumulation_dtype, bits
 from sparseft.ops._compose_cpu import CpuLayout
 from sparseft.ops.combine import combine
-from sparseft.ops.packed import PackedTerm, PackedUnion
+from sparseft.ops.packed import EntryTable, PackedTerm, PackedUnion
 from sparseft.ops.union import union_of
 
 __all__ = ["Share", "TensorPlan", "UnionPlan", "plan_tensor", "prepared"]
@@ -53,6 +55,16 @@ class TensorPlan:
     indices: Tensor
     shares: tuple[Share, ...]
     clashes: tuple[tuple[int, int, int], ...]
+
+    @cached_property
+    def ordinals(self) -> tuple[int, ...]:
+        """Whose parts these are."""
+        return tuple(s.ordinal for s in self.shares)
+
+    @cached_property
+    def sets(self) -> bool:
+        """Whether any part replaces entries."""
+        return any(s.mode == "set" for s in self.shares)
 
     def check(self, coeffs: Sequence[float], names: Sequence[str]) -> None:
         """Check that the coefficients mean something for "set" entries.
@@ -131,6 +143,7 @@ class UnionPlan(Mapping[str, TensorPlan]):
         self._plans = dict(plans)
         self._adapters = adapters
         self._packed: dict[tuple[str, ...], PackedUnion] = {}
+        self._samples: dict[tuple[str, ...], EntryTable] = {}
         self._blocks: dict[str, CpuLayout] = {}
 
     def __getitem__(self, name: str) -> TensorPlan:
@@ -142,10 +155,10 @@ class UnionPlan(Mapping[str, TensorPlan]):
     def __len__(self) -> int:
         return len(self._plans)
 
-    @property
-    def entries(self) -> int:
-        """Entries of all unions together."""
-        return sum(plan.indices.numel() for plan in self._plans.values())
+    @cached_property
+    def replacing(self) -> list[TensorPlan]:
+        """The plans with "set" entries."""
+        return [plan for plan in self._plans.values() if plan.sets]
 
     def blocks(self, name: str) -> CpuLayout:
         """Return the CPU path's layout of a parameter whose parts all add; built once."""
@@ -167,6 +180,13 @@ class UnionPlan(Mapping[str, TensorPlan]):
                 [p.indices for p in plans], terms, self._adapters
             ).for_writing()
         return self._packed[names]
+
+    def samples(self, names: tuple[str, ...]) -> EntryTable:
+        """Return the entries by which somebody else's write is noticed, laid out the same way."""
+        if names not in self._samples:
+            found = [Witness.sample(self._plans[name].indices) for name in names]
+            self._samples[names] = EntryTable.of(found)
+        return self._samples[names]
 
 
 def prepared(diff: SparseDiff, recipe: Recipe, *, name: str, digest: str) -> SparseDiff:

@@ -98,7 +98,7 @@ class Planner:
         order = [one.name for one in chosen]
         plans = self._plan(chosen, recipe, (method, repr(sorted(options.items()))))
         ordered = [coeffs[name] for name in order]
-        for plan in plans.values():
+        for plan in plans.replacing:
             plan.check(ordered, order)
         return Composition(
             coeffs=dict(coeffs),

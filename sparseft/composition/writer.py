@@ -25,7 +25,6 @@ from sparseft.ops.compose import (
     restore_many_,
     runs_packed,
 )
-from sparseft.ops.packed import EntryTable
 
 if TYPE_CHECKING:
     from sparseft.composition.placement import Composition
@@ -70,8 +69,7 @@ def writers_for(
         groups.setdefault((parameter.device, parameter.dtype), []).append(name)
     writers: list[Writer] = []
     for names in groups.values():
-        weights = [parameters[n].detach() for n in names]
-        if isinstance(rule, Rule) and runs_packed(weights):
+        if isinstance(rule, Rule) and runs_packed([parameters[n] for n in names]):
             writers.append(PackedWriter(plans, {n: parameters[n] for n in names}))
         else:
             writers += [TensorWriter(n, parameters[n], plans[n]) for n in names]
@@ -106,7 +104,7 @@ class TensorWriter:
         plan, fresh = composition.plans[name], not self.captured
         indices = plan.indices.to(weight.device)
         self._written = None
-        coeffs = composition.ordered_coeffs()
+        coeffs = composition.ordered_coeffs
         if self._in_blocks(weight, composition, coeffs):
             layout = composition.plans.blocks(name)
             own = [coeffs[s.ordinal] for s in plan.shares]
@@ -120,7 +118,7 @@ class TensorWriter:
             self._saved.copy_(gather_entries(weight.detach(), indices))
             self._done[0] = self._saved.numel()
         saved = self._saved.to(weight.device)
-        base, total = plan.total(saved, coeffs, composition.rule())
+        base, total = plan.total(saved, coeffs, composition.rule)
         if total is None:
             write_entries_(weight, indices, base.to(weight.dtype))
         else:
@@ -136,9 +134,9 @@ class TensorWriter:
     def _in_blocks(self, weight: Tensor, composition: Composition, coeffs: list[float]) -> bool:
         """Whether the CPU's fast path serves: plain sums that cannot overflow."""
         plan = composition.plans[self.names[0]]
-        if weight.dtype == torch.float16 or not _compose_cpu.suits(weight, composition.rule()):
+        if weight.dtype == torch.float16 or not _compose_cpu.suits(weight, composition.rule):
             return False
-        if any(s.mode == "set" for s in plan.shares) or self._saved.device != weight.device:
+        if plan.sets or self._saved.device != weight.device:
             return False
         own = [coeffs[s.ordinal] for s in plan.shares]
         return composition.plans.blocks(self.names[0]).surely_finite(own)
@@ -170,16 +168,13 @@ class PackedWriter:
         self.saved = tuple(self._union.pieces(self._arena))
         self._state = torch.zeros(len(STATE), dtype=torch.int32, device=self._arena.device)
         self._capture_asked = False
-        self._samples = EntryTable.of([Witness.sample(i) for i in self.indices])
+        self._samples = plans.samples(self.names)
         self._written: Tensor | None = None
 
     @property
     def captured(self) -> bool:
         # The launch that captures also writes: whether it ran is asked of the device.
         return self._capture_asked and bool(self._state[0])
-
-    def _weights(self) -> list[Tensor]:
-        return [p.detach() for p in self.parameters]
 
     def _in_place(self) -> bool:
         """Whether the parameters still lie where the layout does."""
@@ -193,10 +188,10 @@ class PackedWriter:
                 f"{self.names[0]!r} and others lie on {self.parameters[0].device} now; adapters "
                 f"were applied on {self._arena.device}. Move the model back, or revert first."
             )
-        weights, coeffs, rule = self._weights(), composition.ordered_coeffs(), composition.rule()
+        weights, coeffs, rule = self.parameters, composition.ordered_coeffs, composition.rule
         plans = [composition.plans[n] for n in self.names]
         fresh = not self._capture_asked
-        sets = any(s.mode == "set" for p in plans for s in p.shares)
+        sets = bool(composition.plans.replacing) and any(p.sets for p in plans)
         if not isinstance(rule, Rule):  # cannot be: writers_for looks at it
             raise TypeError(f"{rule!r} is not a fused rule")
         self._written = None
@@ -222,7 +217,7 @@ class PackedWriter:
             raise overflow(self._overflowing(), self._arena.dtype, composition)
 
     def _overflowing(self) -> str:
-        now = self._union.pieces(capture_many(self._weights(), self._union))
+        now = self._union.pieces(capture_many(self.parameters, self._union))
         for name, piece, saved in zip(self.names, now, self.saved, strict=True):
             if bool((~torch.isfinite(piece) & torch.isfinite(saved)).any()):
                 return name
@@ -233,7 +228,7 @@ class PackedWriter:
         if not self.captured:
             return
         if self._in_place():
-            restore_many_(self._weights(), self._union, self._arena)
+            restore_many_(self.parameters, self._union, self._arena)
             return
         for weight, indices, saved in zip(self.parameters, self.indices, self.saved, strict=True):
             put_back(weight, indices, saved)
@@ -243,7 +238,7 @@ class PackedWriter:
         if self._written is None:
             return []
         if self._in_place():
-            now = capture_many(self._weights(), self._samples)
+            now = capture_many(self.parameters, self._samples)
             if bits_equal(now, self._written):
                 return []
         return [

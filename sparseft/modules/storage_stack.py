@@ -85,11 +85,11 @@ def pop(parameter: Tensor, holder: Holder, *, name: str = "parameter") -> None:
     Raises:
         StackOrderError: it is not on top.
     """
-    require_top(parameter, holder, name=name, action="release")
-    stack = _stacks[parameter]
+    stack = _stacks.get(parameter)
+    if not stack or stack[-1] is not holder:
+        require_top(parameter, holder, name=name, action="release")
+    # An empty list stays, as long as the parameter does: the next change comes soon.
     stack.pop()
-    if not stack:
-        del _stacks[parameter]
 
 
 def bottom_value(parameter: Tensor) -> Tensor:
