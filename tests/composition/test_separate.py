@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import copy
 import gc
@@ -321,6 +322,36 @@ def test_checkpointing(separate, model, reentrant):
         out = checkpoint(model.body, hidden.clone().requires_grad_(), use_reentrant=reentrant)
     with pytest.raises(CompositionError, match=r"outside of the using.*backward\(\) inside"):
         out.sum().backward()
+    model.zero_grad()
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_checkpointing_where_backward_has_a_thread_of_its_own(separate, model, blocks):
+    """As on CUDA: that thread has no context, so one open block is taken, and two are refused."""
+    hidden = torch.randn(4, 3, 6, requires_grad=True)
+    raised = []
+
+    def backward(out):
+        try:
+            out.square().sum().backward()
+        except CompositionError as error:
+            raised.append(str(error))
+
+    with separate.rows(["sw", "qu", None, "nli"]):
+        model.body(hidden).square().sum().backward()
+        plain, hidden.grad = hidden.grad, None
+        out = checkpoint(model.body, hidden, use_reentrant=False)
+        with contextlib.ExitStack() as stack:
+            if blocks == 2:
+                stack.enter_context(separate.using("sw"))
+            thread = threading.Thread(target=backward, args=(out,))
+            thread.start()
+            thread.join()
+    if blocks == 1:
+        assert not raised
+        assert torch.equal(hidden.grad, plain)
+    else:
+        assert "2 blocks are open" in raised[0]
     model.zero_grad()
 
 
