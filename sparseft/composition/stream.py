@@ -24,7 +24,8 @@ from sparseft.composition.target import Target, find_places
 from sparseft.errors import BaseMismatchError, CompositionError
 from sparseft.fingerprint import TensorFingerprint, compare, fingerprint_tensor
 from sparseft.io import atomic_write_json
-from sparseft.io.checkpoint_files import CheckpointFiles, Shard, TensorInfo, dtype_name
+from sparseft.io.checkpoint_files import CheckpointFiles
+from sparseft.io.checkpoint_shards import Shard, TensorInfo, dtype_name
 from sparseft.io.checkpoint_writer import aligned, write_safetensors
 from sparseft.ops import gather_entries, sum_entries, write_entries_
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from sparseft.adapter import Adapter
 from sparseft.errors import CompositionError
-from sparseft.io.checkpoint_files import TensorInfo
+from sparseft.io.checkpoint_shards import TensorInfo
 from sparseft.io.hub import first_line
 from sparseft.modules import ParameterIndex
 from sparseft.modules.prefixes import find_name
@@ -165,13 +165,14 @@ def build_target(
     try:
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
             model: Any = make(config, **options)
-    except (OSError, ValueError, RuntimeError, NotImplementedError, AttributeError) as bad:
+    except (OSError, ValueError, RuntimeError, TypeError, AttributeError) as bad:
         raise CompositionError(
             f"transformers cannot build {name} of {folder}: {first_line(bad)}. Pass another "
             "architecture, or the model itself."
         ) from bad
-    if hasattr(model, "tie_weights"):
-        model.tie_weights()
+    if not isinstance(model, nn.Module):
+        raise CompositionError(f"transformers' {name} is no model; pass another architecture.")
+    getattr(model, "tie_weights", lambda: None)()
     found = type(model).__name__
     own = found in (content.get("architectures") or [found])
     named = heads.id2label if heads.id2label and len(heads.id2label) == labels else None

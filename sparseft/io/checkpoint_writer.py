@@ -10,7 +10,7 @@ from pathlib import Path
 
 from sparseft.errors import CompositionError
 from sparseft.io.atomic import atomic_write
-from sparseft.io.checkpoint_files import TensorInfo
+from sparseft.io.checkpoint_shards import TensorInfo
 
 __all__ = ["aligned", "write_safetensors"]
 

@@ -19,7 +19,8 @@ _PICKLES = ("*.bin", "*.bin.index.json")
 _LEFT_OUT = (
     "*.safetensors", "*.safetensors.index.json", *_PICKLES, "*.pt", "*.pth", "*.ckpt", "*.h5",
     "*.msgpack", "*.onnx", "*.onnx_data", "*.ot", "*.gguf", "*.tflite", "*.mlmodel", "*.pkl",
-    "*.npz", "trainer_state.json", "events.out.*", "README.md", "sparseft_composition.json",
+    "*.npz", "adapter_config.json", "trainer_state.json", "events.out.*", "README.md",
+    "sparseft_composition.json",
 )  # fmt: skip
 _FOLDERS_LEFT_OUT = ("checkpoint-*", "runs", "onnx", "openvino", "coreml", "original")
 _TOKENIZERS = (

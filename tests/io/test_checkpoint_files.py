@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sparseft.errors import CompositionError, UnknownNameError
-from sparseft.io import checkpoint_files
-from sparseft.io.checkpoint_files import CheckpointFiles, TensorInfo
+from sparseft.io import checkpoint_shards
+from sparseft.io.checkpoint_files import CheckpointFiles
+from sparseft.io.checkpoint_shards import TensorInfo
 from sparseft.io.checkpoint_writer import aligned, write_safetensors
 from sparseft.io.model_folder import copy_companions, find_model, shown_name
 
@@ -86,7 +87,7 @@ def test_pieces_are_compared_whatever_their_size(tmp_path, monkeypatch):
     weights["w"][4999] = -1
     save_file(weights, tmp_path / "b.safetensors")
     torch.save({"w": torch.arange(5000.0)}, tmp_path / "c.bin")
-    monkeypatch.setattr(checkpoint_files, "PIECE", 777)
+    monkeypatch.setattr(checkpoint_shards, "PIECE", 777)
     a, b, c = (CheckpointFiles(tmp_path / f) for f in ("a.safetensors", "b.safetensors", "c.bin"))
     assert a.same_bytes("w", a, "w")
     assert not a.same_bytes("w", b, "w")
@@ -237,6 +238,7 @@ class TestFolders:
             "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "README.md",
             "tf_model.h5", "training_args.bin", "optimizer.pt", "trainer_state.json",
             ".gitattributes", ".cache/x.json", "checkpoint-10/config.json", "onnx/model.onnx",
+            "adapter_config.json",
             "2_Dense/model.safetensors", "sparseft_composition.json",
         ]  # fmt: skip
         for name in [*kept, *left]:
