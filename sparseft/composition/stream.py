@@ -380,14 +380,13 @@ def compose_into_(
         CompositionError: the sum overflows.
     """
     base, total = plan.total(gather_entries(tensor, plan.indices), coeffs, rule)
-    if total is None:
-        write_entries_(tensor, plan.indices, base.to(tensor.dtype))
-        return
-    summed = sum_entries(base, total, tensor.dtype)
-    finite = torch.isfinite(summed) | ~torch.isfinite(base)
-    if not bool(torch.isfinite(total).all()) or not bool(finite.all()):
+    made = base.to(tensor.dtype) if total is None else sum_entries(base, total, tensor.dtype)
+    finite = torch.isfinite(made) | ~torch.isfinite(base)
+    if total is not None:
+        finite &= torch.isfinite(total)
+    if not bool(finite.all()):
         raise CompositionError(
             f"the sum of the diffs of {plan.name!r} overflows {tensor.dtype} with coefficients "
             f"{list(coeffs)}; nothing was written. Use smaller ones."
         )
-    write_entries_(tensor, plan.indices, summed)
+    write_entries_(tensor, plan.indices, made)

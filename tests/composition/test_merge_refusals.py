@@ -77,6 +77,12 @@ def test_a_sum_that_overflows(tmp_path):
     refused(tmp_path / "base", [change(model, 0)], "overflows", coeffs=1e6)
 
 
+def test_a_replacement_that_overflows(tmp_path):
+    make(dtype=torch.float16).save_pretrained(tmp_path / "base")
+    huge = Adapter({OUTPUT: SparseDiff.from_dense(torch.full((8, 12), 1e6), mode="set")})
+    refused(tmp_path / "base", [huge], "overflows torch.float16")
+
+
 def test_unknown_method_and_option(base):
     refused(base, [change(make(), 0)], "no composition method", UnknownNameError, method="t")
     refused(base, [change(make(), 0)], "no option 'x'", UnknownNameError, x=1)
