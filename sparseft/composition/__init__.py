@@ -21,6 +21,7 @@ from sparseft.composition.overlap_pairs import OverlapReport, PairOverlap, overl
 from sparseft.composition.registry import Part, Recipe, Rule, Term, methods, register_method
 from sparseft.composition.residency import Residency
 from sparseft.composition.separate import SeparateComposer
+from sparseft.composition.switch_report import SwitchReport
 from sparseft.composition.ties import compose_ties
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "Residency",
     "Rule",
     "SeparateComposer",
+    "SwitchReport",
     "Term",
     "compose_adapters",
     "compose_breadcrumbs",

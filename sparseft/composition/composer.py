@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from sparseft.adapter import Adapter
 from sparseft.composition.coefficients import Coeffs, Which, as_coeffs, check_coeff
 from sparseft.composition.fit import Dense, Loaded, Missing
+from sparseft.composition.overlap_pairs import OverlapReport, overlap_report
 from sparseft.composition.placement import Composition, Placement
 from sparseft.composition.planning import Planner
 from sparseft.composition.residency import Moved, Residency, ResidencyReport
@@ -344,6 +345,10 @@ class Composer:
                 self._leave(frame, before)
 
     # Looking at them.
+
+    def overlap(self) -> OverlapReport:
+        """Return how the adapters' masks and values overlap, pair by pair."""
+        return overlap_report({name: one.adapter for name, one in self._loaded.items()})
 
     def residency(self) -> ResidencyReport:
         """Return where the adapters' tensors lie, against the budgets."""

@@ -143,6 +143,7 @@ class UnionPlan(Mapping[str, TensorPlan]):
         self._plans = dict(plans)
         self._adapters = adapters
         self._packed: dict[tuple[str, ...], PackedUnion] = {}
+        self._pieces: dict[tuple[str, ...], tuple[Tensor, ...]] = {}
         self._samples: dict[tuple[str, ...], EntryTable] = {}
         self._blocks: dict[str, CpuLayout] = {}
 
@@ -180,6 +181,13 @@ class UnionPlan(Mapping[str, TensorPlan]):
                 [p.indices for p in plans], terms, self._adapters
             ).for_writing()
         return self._packed[names]
+
+    def pieces(self, names: tuple[str, ...]) -> tuple[Tensor, ...]:
+        """Return the parameters' own indices, as views of that layout."""
+        if names not in self._pieces:
+            union = self.packed(names)
+            self._pieces[names] = tuple(union.pieces(union.indices))
+        return self._pieces[names]
 
     def samples(self, names: tuple[str, ...]) -> EntryTable:
         """Return the entries by which somebody else's write is noticed, laid out the same way."""

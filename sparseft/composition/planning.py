@@ -155,7 +155,8 @@ class Planner:
             if not coeffs[one.name]:
                 continue
             for name, own in self.fits[one.name].dense.items():
-                tensor = one.adapter.dense[own]
+                device = self.fitter.index.get(name).device
+                tensor = self._residency.dense(one.name, own, device)
                 if name in found and not bits_equal(tensor, found[name][1]):
                     other = chosen[found[name][0]].name
                     raise CompositionError(

@@ -164,7 +164,7 @@ class PackedWriter:
         self._plans = plans
         self._union = plans.packed(self.names)
         self._arena = self._union.empty(self.parameters[0].dtype)
-        self.indices = tuple(self._union.pieces(self._union.indices))
+        self.indices = plans.pieces(self.names)
         self.saved = tuple(self._union.pieces(self._arena))
         self._state = torch.zeros(len(STATE), dtype=torch.int32, device=self._arena.device)
         self._capture_asked = False

@@ -58,8 +58,8 @@ class EntryTable:
 
     def pieces(self, arena: Tensor) -> list[Tensor]:
         """View (P,) numbers tensor by tensor, without the pads."""
-        whole = [-(-n // BLOCK) * BLOCK for n in self.sizes]
-        return [p[:n] for p, n in zip(arena.split(whole), self.sizes, strict=True)]
+        parts = [part for n in self.sizes for part in (n, -n % BLOCK)]
+        return list(arena.split_with_sizes(parts)[::2])
 
     def join(self, pieces: Sequence[Tensor]) -> Tensor:
         """Lay (nnz_t,) vectors of one dtype out as (P,), zeros on the pads."""
