@@ -313,15 +313,17 @@ class Adapter(Mapping[str, SparseDiff]):
         """Read an adapter, memory-mapped; nothing unchecked is ever handed out.
 
         Args:
-            path: folder with ``adapter.safetensors``, or the file; or ``owner/name`` on the hub,
-                where neither it nor ``owner`` exists here (see `from_pretrained`).
+            path: folder with ``adapter.safetensors``, or the file; or a folder or file that another
+                library wrote (see `sparseft.io.foreign`); or ``owner/name`` on the hub, where
+                neither it nor ``owner`` exists here (see `from_pretrained`).
             device: where the tensors go when they are first used.
             check: "full" reads and checks every tensor now, one by one; "lazy" checks the header
                 now and each tensor when it is first used.
 
         Raises:
             FileNotFoundError: nothing there.
-            AdapterFormatError: damaged, hostile or of another format; names the tensor.
+            AdapterFormatError: damaged, hostile or of an unknown format; names the tensor.
+            OptionError: another library's file that needs to be told more (a base, a density).
             ConnectionError: a name that is not in the cache, and the hub does not answer.
         """
         from sparseft.io import load_adapter

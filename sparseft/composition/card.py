@@ -9,7 +9,7 @@ from typing import Any
 
 from sparseft.adapter import library_versions
 from sparseft.composition.fit import Loaded
-from sparseft.composition.registry import REGISTRY
+from sparseft.composition.registry import REGISTRY, filled_options
 from sparseft.errors import CompositionError
 from sparseft.io import atomic_write_json, atomic_write_text
 
@@ -38,7 +38,7 @@ def make_recipe(
         CompositionError: an option that has no JSON form.
     """
     try:
-        plain = json.loads(json.dumps(dict(options), allow_nan=False))
+        plain = json.loads(json.dumps(filled_options(method, options), allow_nan=False))
     except (TypeError, ValueError) as bad:
         raise CompositionError(
             f"the options of {method!r} have no JSON form, so no recipe can hold them: {bad}"

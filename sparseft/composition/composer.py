@@ -20,6 +20,7 @@ from sparseft.composition.overlap_pairs import OverlapReport, overlap_report
 from sparseft.composition.placement import Composition, Placement
 from sparseft.composition.planning import Planner
 from sparseft.composition.residency import Moved, Residency, ResidencyReport
+from sparseft.composition.separate import SeparateComposer
 from sparseft.composition.switch_report import SwitchReport
 from sparseft.errors import CompositionError, StackOrderError
 
@@ -349,6 +350,21 @@ class Composer:
     def overlap(self) -> OverlapReport:
         """Return how the adapters' masks and values overlap, pair by pair."""
         return overlap_report({name: one.adapter for name, one in self._loaded.items()})
+
+    def separate(self) -> SeparateComposer:
+        """Return a handle that runs the model under these adapters without touching a weight.
+
+        For rows of one batch that want different adapters, and bases that must not be written. The
+        two do not exclude each other: what lies on the model counts as its weights.
+        """
+        fitter = self._planner.fitter
+        return SeparateComposer(
+            self.model,
+            {name: one.adapter for name, one in self._loaded.items()},
+            check_base=fitter.check_base,
+            dense=fitter.dense,
+            missing=fitter.missing,
+        )
 
     def residency(self) -> ResidencyReport:
         """Return where the adapters' tensors lie, against the budgets."""

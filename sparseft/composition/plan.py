@@ -16,6 +16,7 @@ from sparseft.diff import Mode, SparseDiff
 from sparseft.errors import CompositionError
 from sparseft.ops._common import accumulation_dtype, bits
 from sparseft.ops._compose_cpu import CpuLayout
+from sparseft.ops.apply_diff import sum_entries
 from sparseft.ops.combine import combine
 from sparseft.ops.packed import EntryTable, PackedTerm, PackedUnion
 from sparseft.ops.union import union_of
@@ -129,6 +130,27 @@ class TensorPlan:
             return base, None
         size = self.indices.numel()
         return base, combine(terms, size, rule) if isinstance(rule, Rule) else rule(terms, size)
+
+    def composed(self, saved: Tensor, coeffs: Sequence[float], rule: Rule | Combine) -> Tensor:
+        """Return (size,) what is to be written: ``rn(base + combined)`` in the dtype of ``saved``.
+
+        Arguments as in `total`.
+
+        Raises:
+            CompositionError: a sum or a replacement that the dtype cannot hold.
+        """
+        base, total = self.total(saved, coeffs, rule)
+        dtype = saved.dtype
+        made = base.to(dtype) if total is None else sum_entries(base, total, dtype)
+        finite = torch.isfinite(made) | ~torch.isfinite(base)
+        if total is not None:
+            finite &= torch.isfinite(total)
+        if not bool(finite.all()):
+            raise CompositionError(
+                f"the sum of the diffs of {self.name!r} overflows {dtype} with coefficients "
+                f"{[coeffs[i] for i in self.ordinals]}; nothing was written. Use smaller ones."
+            )
+        return made
 
 
 class UnionPlan(Mapping[str, TensorPlan]):

@@ -27,7 +27,7 @@ from sparseft.io import atomic_write_json
 from sparseft.io.checkpoint_files import CheckpointFiles
 from sparseft.io.checkpoint_shards import Shard, TensorInfo, dtype_name
 from sparseft.io.checkpoint_writer import aligned, write_safetensors
-from sparseft.ops import gather_entries, sum_entries, write_entries_
+from sparseft.ops import gather_entries, write_entries_
 
 __all__ = ["StoredOtherwiseError", "StreamedMerge"]
 
@@ -379,14 +379,5 @@ def compose_into_(
     Raises:
         CompositionError: the sum overflows.
     """
-    base, total = plan.total(gather_entries(tensor, plan.indices), coeffs, rule)
-    made = base.to(tensor.dtype) if total is None else sum_entries(base, total, tensor.dtype)
-    finite = torch.isfinite(made) | ~torch.isfinite(base)
-    if total is not None:
-        finite &= torch.isfinite(total)
-    if not bool(finite.all()):
-        raise CompositionError(
-            f"the sum of the diffs of {plan.name!r} overflows {tensor.dtype} with coefficients "
-            f"{list(coeffs)}; nothing was written. Use smaller ones."
-        )
+    made = plan.composed(gather_entries(tensor, plan.indices), coeffs, rule)
     write_entries_(tensor, plan.indices, made)

@@ -17,7 +17,7 @@ from sparseft.composition.plan import TensorPlan, UnionPlan
 from sparseft.composition.registry import Rule
 from sparseft.composition.witness import Witness
 from sparseft.errors import CompositionError
-from sparseft.ops import _compose_cpu, gather_entries, sum_entries, write_entries_, write_sum_
+from sparseft.ops import _compose_cpu, gather_entries, write_entries_
 from sparseft.ops.compose import (
     STATE,
     capture_many,
@@ -118,17 +118,7 @@ class TensorWriter:
             self._saved.copy_(gather_entries(weight.detach(), indices))
             self._done[0] = self._saved.numel()
         saved = self._saved.to(weight.device)
-        base, total = plan.total(saved, coeffs, composition.rule)
-        if total is None:
-            write_entries_(weight, indices, base.to(weight.dtype))
-        else:
-            written = total
-            if weight.dtype == torch.float16:  # the one dtype with a range much below the sum's
-                written = sum_entries(base, total, weight.dtype)
-                written = written.where(torch.isfinite(base), 0)
-            if not bool(torch.isfinite(written).all()):
-                raise overflow(name, written.dtype, composition)
-            write_sum_(weight, indices, base, total)
+        write_entries_(weight, indices, plan.composed(saved, coeffs, composition.rule))
         self._written = Witness.of(weight, indices)
 
     def _in_blocks(self, weight: Tensor, composition: Composition, coeffs: list[float]) -> bool:
@@ -214,14 +204,9 @@ class PackedWriter:
         )
         self._written = capture_many(weights, self._samples)
         if bool(self._state[1]):
-            raise overflow(self._overflowing(), self._arena.dtype, composition)
-
-    def _overflowing(self) -> str:
-        now = self._union.pieces(capture_many(self.parameters, self._union))
-        for name, piece, saved in zip(self.names, now, self.saved, strict=True):
-            if bool((~torch.isfinite(piece) & torch.isfinite(saved)).any()):
-                return name
-        return self.names[0]
+            for plan, saved in zip(plans, self.saved, strict=True):
+                plan.composed(saved, coeffs, rule)  # raises, with the tensor's name
+            raise CompositionError(f"a sum overflows {self._arena.dtype}; nothing was applied.")
 
     def restore(self) -> None:
         """Write the saved bits back."""
@@ -257,13 +242,6 @@ class PackedWriter:
 def put_back(weight: Tensor, indices: Tensor, saved: Tensor) -> None:
     """Write saved bits back, wherever the weight lies by now."""
     write_entries_(weight, indices.to(weight.device), saved.to(weight.device))
-
-
-def overflow(name: str, dtype: torch.dtype, composition: Composition) -> CompositionError:
-    return CompositionError(
-        f"the sum of the diffs of {name!r} overflows {dtype} with coefficients "
-        f"{dict(composition.coeffs)}; nothing was applied. Use smaller ones."
-    )
 
 
 def slots(writers: Sequence[Writer]) -> Iterator[tuple[str, nn.Parameter, Tensor, Tensor]]:

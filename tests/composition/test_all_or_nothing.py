@@ -46,7 +46,7 @@ def all_holders(model):
     return {n: holders(p) for n, p in model.named_parameters()}
 
 
-PLAIN = ("gather_entries", "write_sum_", "write_entries_")  # of the way every device has
+PLAIN = ("gather_entries", "write_entries_")  # of the way every device has
 BLOCKS = ("apply", "rewrite", "restore", "_add_up")  # of the CPU's
 WRITERS = (*PLAIN, *BLOCKS, "pop", "push")
 

@@ -1,4 +1,4 @@
-"""A `Composer` whose parameters are written by the kernels: the same bits as by torch operations."""
+"""A `Composer` whose parameters the kernels write: the same bits as by torch operations."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_an_overflow_leaves_the_model_as_it_was(model):
     composer = Composer(model, {"a": make_adapter(model, 0), "b": huge})
     composer.switch("a")
     before = snapshot(model)
-    with pytest.raises(CompositionError, match=r"overflows torch.float16 .* nothing was applied"):
+    with pytest.raises(CompositionError, match=r"overflows torch.float16 .* nothing was written"):
         composer.switch({"a": 1e6, "b": 1e6})
     assert same(snapshot(model), before)
     with pytest.raises(CompositionError, match="overflows"):
