@@ -116,12 +116,10 @@ def test_gradients_equal_merged_models(case):
 def test_training_under_checkpointing(case):
     model, adapters, batch = case
     model.train()
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
 
     def gradients(checkpointing):
         model.zero_grad()
+        torch.manual_seed(0)  # the same dropout in both, within attention, too
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         model(**batch).logits.square().sum().backward()
