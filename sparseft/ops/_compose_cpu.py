@@ -225,8 +225,6 @@ def _write(
         keeping = torch.empty(size, dtype=dtype)
     wide = _scratch("address", torch.int64)
     result = _scratch("result", weight.dtype)
-    exact = accumulation_dtype(weight.dtype, dtype)
-    summed = None if exact == weight.dtype == dtype else _scratch("sum", exact)
     for number, begin in enumerate(range(0, size, BLOCK)):
         block = slice(begin, min(begin + BLOCK, size))
         address = _address(layout.indices[block], wide)
@@ -244,10 +242,8 @@ def _write(
             total = _scratch("total", dtype)[: address.numel()]
             _add_up(total, layout, coeffs, number, begin)
         written = result[: address.numel()]
-        if summed is None:
-            torch.add(saved[block], total, out=written)
-        else:  # one addition in the wide dtype, one rounding
-            written.copy_(summed[: address.numel()].copy_(saved[block]).add_(total))
+        # One addition in the wider dtype of the two, one rounding to the weight's.
+        torch.add(saved[block], total, out=written)
         flat.scatter_(0, address, bits(written))
     if keeping is not None:
         layout.kept = (tuple(coeffs), keeping)

@@ -208,26 +208,49 @@ def test_weights_with_strides_go_through_the_definition():
     same(whole, before)
 
 
+@pytest.mark.parametrize("step", ["_address", "_add_up"])  # before a capture; after it
 @pytest.mark.parametrize("failing", range(5))
-def test_an_interrupt_leaves_the_weight_as_it_was(failing, monkeypatch):
+def test_an_interrupt_leaves_the_weight_as_it_was(failing, step, monkeypatch):
     union, shares = shares_of(random_masks(2, (29, 31)))
     weight = weight_of((29, 31))
     before = weight.clone()
     layout = CpuLayout.of(union, shares, keep=True)
-    real, calls = _compose_cpu._add_up, iter(range(100))
+    real, calls = getattr(_compose_cpu, step), iter(range(100))
 
-    def add_up(*arguments):
+    def interrupted(*arguments):
         if next(calls) == failing:
             raise KeyboardInterrupt
-        real(*arguments)
+        return real(*arguments)
 
-    monkeypatch.setattr(_compose_cpu, "_add_up", add_up)
+    monkeypatch.setattr(_compose_cpu, step, interrupted)
     with pytest.raises(KeyboardInterrupt):
         apply(weight, layout, (1.0, 0.3))
     same(weight, before)
     assert layout.kept is None  # half of the totals are not kept
-    monkeypatch.undo()
-    check(weight, union, shares, (1.0, 0.3))
+    monkeypatch.setattr(_compose_cpu, step, real)
+    check(weight, union, shares, (1.0, 0.3), keep=True)
+
+
+def test_whoever_counts_the_captured_entries_restores_them(monkeypatch):
+    union, shares = shares_of(random_masks(2, (29, 31)))
+    weight = weight_of((29, 31))
+    before = weight.clone()
+    layout, calls, real = CpuLayout.of(union, shares), iter(range(100)), _compose_cpu._address
+
+    def interrupted(*arguments):
+        if next(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(_compose_cpu, "_address", interrupted)
+    out, done = torch.empty(len(union)), [0]
+    with pytest.raises(KeyboardInterrupt):
+        apply(weight, layout, (1.0, 0.3), out=out, done=done)
+    assert done == [3 * 64]
+    changed = bits(weight) != bits(before)
+    assert bool(changed.any())  # left to the caller
+    restore(weight, union[: done[0]], out[: done[0]])
+    same(weight, before)
 
 
 def test_parameters_record_no_gradient_and_count_the_write():
