@@ -210,5 +210,7 @@ def _require_hub(source: str) -> None:
 
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's text, without its full stop; its class if it has none."""
+    while error.args and isinstance(inner := getattr(error.args[0], "reason", None), Exception):
+        error = inner  # of a connection error in requests, which older clients of the hub use
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0].rstrip(".") if lines else type(error).__name__
