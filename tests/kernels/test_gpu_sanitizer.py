@@ -15,7 +15,16 @@ HERE = Path(__file__).resolve().parent
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
-def test_a_training_on_the_kernels_is_clean(tool):
+@pytest.mark.parametrize(
+    ("file", "chosen"),
+    [
+        ("test_interpret_attach.py", "training_equals and (fp32 or bf16 or low)"),
+        ("test_interpret_compose.py", "every_rule and bfloat16 or gradients"),
+        ("test_interpret_spmm.py", "gpu"),
+    ],
+    ids=["training", "compositions", "spmm"],
+)
+def test_the_kernels_are_clean(file, chosen, tool):
     """Small models only: a checked kernel runs ten to a hundred times as long."""
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:
@@ -25,7 +34,7 @@ def test_a_training_on_the_kernels_is_clean(tool):
     lane = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu"]
     done = subprocess.run(
         [sanitizer, "--tool", tool, "--error-exitcode", "99", "--target-processes", "all", *lane,
-         "-k", "training_equals and (fp32 or bf16 or low)", str(HERE / "test_interpret_attach.py")],
+         "-k", chosen, str(HERE / file)],
         cwd=HERE.parent.parent, env=env, capture_output=True, text=True, timeout=900,
     )  # fmt: skip
     report = done.stdout[-4000:] + done.stderr[-2000:]
