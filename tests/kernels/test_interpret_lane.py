@@ -8,26 +8,8 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-
-HERE = Path(__file__).resolve().parent
-
-
-def run_lane(*arguments: str) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    env.pop("SPARSEFT_REQUIRE_GPU", None)  # the child selects interpreter tests only
-    return subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments],
-        cwd=HERE.parent.parent,
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
 
 
 def passed(summary: str) -> int:
@@ -38,13 +20,15 @@ def passed(summary: str) -> int:
 @pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="this process already is the interpreter lane"
 )
-def test_interpreter_lane_passes():
+def test_interpreter_lane_passes(interpreter_lane):
+    """The lane was started when the tests had been collected, on a core of its own if there is."""
     pytest.importorskip("triton", reason="Triton is not installed (it exists for Linux only)")
-    done = run_lane("-m", "interpret", str(HERE))
-    report = done.stdout[-4000:] + done.stderr[-2000:]
-    assert done.returncode == 0, report
-    assert passed(done.stdout) > 0, f"the lane ran no tests:\n{report}"
-    assert "skipped" not in done.stdout.splitlines()[-1], report
+    lane = interpreter_lane()
+    returncode = lane.process.wait(timeout=900)
+    output = lane.output.read_text(encoding="utf-8")
+    assert returncode == 0, output[-6000:]
+    assert passed(output) > 0, f"the lane ran no tests:\n{output[-6000:]}"
+    assert "skipped" not in output.splitlines()[-1], output[-6000:]
 
 
 def test_an_empty_lane_is_seen():
