@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
-import secrets
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +16,7 @@ from sparseft.composition.coefficients import Coeffs, as_coeffs
 from sparseft.composition.composer import Composer
 from sparseft.composition.fit import Dense, Loaded, Missing
 from sparseft.composition.merge import AdapterLike, load_named
+from sparseft.composition.new_folder import check_outside, check_replaceable, new_folder
 from sparseft.composition.registry import recipe_of
 from sparseft.composition.stream import StoredOtherwiseError, StreamedMerge
 from sparseft.composition.target import Heads, build_target, class_for, heads_of
@@ -64,31 +62,36 @@ def merge_into_checkpoint(
         architecture: class of transformers the checkpoint is for; default: a sequence classifier
             if an adapter has such a head, the class an extracted head was taken from, else the
             class the base names.
-        overwrite: whether an existing folder may be replaced.
+        overwrite: whether an existing folder of a model may be replaced. One that holds anything
+            else never is, nor one that appears meanwhile unless this is True.
         check_base, dense, missing: as in `Composer`.
 
     Returns:
         The folder.
 
     Raises:
-        FileExistsError: the folder exists and ``overwrite`` is False.
-        CompositionError: the base cannot be found or read, or a head would be written with random
-            weights; and what `Composer.apply` raises. Nothing has been written then.
+        FileExistsError: the folder exists and ``overwrite`` is False. If it has appeared while the
+            checkpoint was being made, both are kept; the message says where.
+        CompositionError: the folder is no model's, or lies in the base's; the base cannot be found
+            or read, or a head would be written with random weights; and what `Composer.apply` raises. Nothing has been written then.
         OSError: writing failed; what was there before is there still.
     """
     target = Path(out_dir)
     if target.exists() and not overwrite:
-        raise FileExistsError(f"{target} exists already; pass overwrite=True or another folder.")
+        raise FileExistsError(
+            f"{target} exists already; pass overwrite=True (--overwrite) or another folder."
+        )
     named = load_named(adapters)
     parts = adapters.values() if isinstance(adapters, Mapping) else adapters
-    _check_replaceable(target, [x for x in (model, *parts) if isinstance(x, str | os.PathLike)])
+    check_replaceable(target, [x for x in (model, *parts) if isinstance(x, str | os.PathLike)])
     given = as_coeffs(list(named), coeffs, named)
     recipe_of(method, options)  # unknown methods and options are told before anything is read
     if isinstance(model, nn.Module):
         composer = _composer(model, named, check_base, dense, missing)
-        _write_whole(composer, None, given, target, method, options)
+        _write_whole(composer, None, given, target, overwrite, method, options)
         return target
     folder = find_model(model)
+    check_outside(target, folder)
     loaded = sorted((Loaded(n, a) for n, a in named.items()), key=lambda x: x.order)
     # A head with coefficient 0 is not there.
     heads = heads_of(x.adapter for x in loaded if given[x.name] and dense != "skip")
@@ -103,59 +106,17 @@ def merge_into_checkpoint(
         logger.warning("%s The model is loaded whole instead of streamed.", reason)
         live = _load_whole(folder, architecture, heads, named)
         composer = _composer(live, named, check_base, dense, missing)
-        _write_whole(composer, (str(model), folder), given, target, method, options)
+        _write_whole(composer, (str(model), folder), given, target, overwrite, method, options)
         return target
     except FileNotFoundError as bad:
         raise CompositionError(str(bad)) from bad
-    with _new_folder(target) as new:
+    with new_folder(target, overwrite) as new:
         merge.write(new)
         _copy_rest(str(model), folder, new)
         if meta.config is not None:
             atomic_write_json(new / "config.json", meta.config)
         write_recipe(new, recipe, type(meta.model).__name__, merge.skipped)
     return target
-
-
-def _check_replaceable(target: Path, sources: Sequence[str | os.PathLike[str]]) -> None:
-    """Refuse to replace what is no folder, or a folder that something still needed lies in."""
-    if not target.exists():
-        return
-    if not target.is_dir():
-        raise CompositionError(f"{target} is a file; give a folder to write the checkpoint into.")
-    place = Path(os.path.realpath(target))
-    for source in [*sources, "."]:
-        path = Path(os.path.realpath(Path(source).expanduser()))
-        if path.exists() and path.is_relative_to(place):
-            what = "the working folder" if source == "." else f"{source}, which is read,"
-            raise CompositionError(
-                f"{target} would be replaced as a whole, but {what} lies in it; write to another "
-                "folder."
-            )
-
-
-@contextlib.contextmanager
-def _new_folder(target: Path) -> Iterator[Path]:
-    """Give a hidden folder that takes the place of ``target`` when the block ends without error."""
-    target = Path(os.path.realpath(target))  # a link stays a link
-    target.parent.mkdir(parents=True, exist_ok=True)
-    tag = secrets.token_hex(6)
-    temporary = target.with_name(f".{target.name}.{tag}.tmp")
-    aside = target.with_name(f".{target.name}.{tag}.old")
-    temporary.mkdir()
-    try:
-        yield temporary
-        if target.exists():
-            os.replace(target, aside)
-        try:
-            os.replace(temporary, target)
-        except BaseException:
-            if aside.exists():
-                os.replace(aside, target)
-            raise
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _copy_rest(source: str, folder: Path, new: Path) -> None:
@@ -194,6 +155,7 @@ def _write_whole(
     source: tuple[str, Path] | None,
     given: Mapping[str, float],
     target: Path,
+    overwrite: bool,
     method: str,
     options: Mapping[str, Any],
 ) -> None:
@@ -203,7 +165,10 @@ def _write_whole(
     name = shown_name(base) if base else None
     loaded = [Loaded(n, composer[n]) for n in given]
     recipe = make_recipe(name, loaded, given, method, options)
-    with composer.composed(given, method=method, **options), _new_folder(target) as folder:
+    with (
+        composer.composed(given, method=method, **options),
+        new_folder(target, overwrite) as folder,
+    ):
         if source is not None:
             _copy_rest(*source, folder)
         live.save_pretrained(folder)
@@ -228,6 +193,7 @@ def _load_whole(
         raise CompositionError(
             f"{type(model).__name__} has parameters that neither {str(folder)!r} nor an adapter "
             f"holds ({', '.join(random[:3])}{', ...' if len(random) > 3 else ''}); they would be "
-            "written with random values. Pass another architecture, or an adapter with that head."
+            "written with random values. Pass another --architecture (architecture=...), or an "
+            "adapter with that head."
         )
     return model

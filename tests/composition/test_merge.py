@@ -196,6 +196,7 @@ class TestCheckpoint:
         with pytest.raises(FileExistsError, match="overwrite=True"):
             merge_into_checkpoint(bert, [language(bert)], None, tmp_path / "out")
         assert (tmp_path / "out" / "old.txt").read_text() == "keep"
+        (tmp_path / "out" / "sparseft_composition.json").write_text("{}")
         merge_into_checkpoint(bert, [language(bert)], None, tmp_path / "out", overwrite=True)
         assert not (tmp_path / "out" / "old.txt").exists()
         assert (tmp_path / "out" / "config.json").is_file()
