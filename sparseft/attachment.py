@@ -420,6 +420,7 @@ class Attachment:
             masked.release_(restore=restore)
         for f in self._full:
             f.release_(restore=restore)
+        torch.clear_autocast_cache()  # it keeps casts of weights that require grad
         for parameter, flag in self._flags:
             parameter.grad = None
             parameter.requires_grad_(flag)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -101,7 +102,8 @@ def launch(
 # Tables on the device, by what they hold. Keyed by stream as well: an upload is ordered before
 # its launch on one stream only.
 _uploads: OrderedDict[Hashable, Tensor] = OrderedDict()
-_KEPT_UPLOADS = 32
+_KEPT_UPLOADS = 256  # kilobytes each
+_uploads_lock = threading.Lock()
 # A captured graph reads its tables, and the host memory they come from, at every replay.
 _captured: list[tuple[Tensor, Tensor]] = []
 
@@ -114,9 +116,12 @@ def on_device(key: Hashable, build: Callable[[], Tensor], device: torch.device) 
         stream = torch.cuda.current_stream(device).cuda_stream
         capturing = torch.cuda.is_current_stream_capturing()
     key = (device, stream, key)
-    if not capturing and key in _uploads:
-        _uploads.move_to_end(key)
-        return _uploads[key]
+    if not capturing:
+        with _uploads_lock:
+            found = _uploads.get(key)
+            if found is not None:
+                _uploads.move_to_end(key)
+                return found
     host = build()
     if capturing:
         # Pageable on purpose: page-locked memory cannot be allocated during every capture.
@@ -124,9 +129,10 @@ def on_device(key: Hashable, build: Callable[[], Tensor], device: torch.device) 
         _captured.append((host, table))
         return table
     table = host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
-    _uploads[key] = table
-    if len(_uploads) > _KEPT_UPLOADS:
-        _uploads.popitem(last=False)
+    with _uploads_lock:
+        _uploads[key] = table
+        while len(_uploads) > _KEPT_UPLOADS:
+            _uploads.popitem(last=False)
     return table
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from numbers import Real
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from sparseft._text import did_you_mean
 from sparseft.errors import CompositionError, UnknownNameError
 
-__all__ = ["Coeffs", "Which", "as_coeffs", "check_coeff"]
+__all__ = ["Coeffs", "Which", "as_choices", "as_coeffs", "check_coeff"]
 
 # One name, several names (coefficient 1), or name -> coefficient.
 Which = str | Sequence[str] | Mapping[str, float]
@@ -55,7 +55,20 @@ def as_coeffs(which: Which, coeffs: Coeffs, known: Iterable[str]) -> dict[str, f
         CompositionError: a wrong number of coefficients, a name twice, a coefficient that is not a
             finite number, or coefficients given twice.
     """
-    names = [which] if isinstance(which, str) else list(which)
+    if isinstance(which, str):
+        names = [which]
+    elif isinstance(which, Iterable):
+        names = list(which)
+    else:
+        raise CompositionError(
+            f"adapters are named by {which!r} ({type(which).__name__}); wanted a name, several, or "
+            "a mapping of name to coefficient."
+        )
+    if isinstance(which, Set) and isinstance(coeffs, Sequence):
+        raise CompositionError(
+            f"{len(names)} adapters were named by a set, which has no order, and coefficients in "
+            "order; name them in a list, or give name -> coefficient."
+        )
     known = list(known)
     for name in names:
         if name not in known:
@@ -86,10 +99,36 @@ def as_coeffs(which: Which, coeffs: Coeffs, known: Iterable[str]) -> dict[str, f
         return {n: check_coeff(n, coeffs[n]) for n in names}
     if isinstance(coeffs, Real) or (isinstance(coeffs, Tensor) and coeffs.ndim == 0):
         return {n: check_coeff(n, coeffs) for n in names}
-    given = list(coeffs)  # type: ignore[arg-type]
+    if isinstance(coeffs, str) or not isinstance(coeffs, Iterable):
+        raise CompositionError(
+            f"coeffs is {coeffs!r} ({type(coeffs).__name__}); wanted a number, one per adapter, or "
+            "name -> number."
+        )
+    given = list(coeffs)
     if len(given) != len(names):
         raise CompositionError(
             f"{len(given)} coefficients were given for {len(names)} adapters ({', '.join(names)}); "
             "give one per adapter, in that order."
         )
     return {n: check_coeff(n, c) for n, c in zip(names, given, strict=True)}
+
+
+def as_choices(coeffs: Mapping[str, float | Sequence[float]]) -> dict[str, list[float]]:
+    """Return name -> the coefficients that `Composer.grid` tries.
+
+    Raises:
+        CompositionError: no mapping, no coefficient for a name, or one that is not a finite number.
+    """
+    if not isinstance(coeffs, Mapping) or not coeffs:
+        raise CompositionError(
+            f"grid wants name -> coefficient or coefficients, got {coeffs!r}; for example "
+            "{'sw': [0.5, 1.0], 'nli': 1}."
+        )
+    found = {}
+    for name, given in coeffs.items():
+        several = isinstance(given, Iterable) and not (isinstance(given, Tensor) and not given.ndim)
+        values = list(given) if several and not isinstance(given, str) else [given]  # type: ignore[arg-type]
+        if not values:
+            raise CompositionError(f"grid got no coefficient for {name!r}; wanted at least one.")
+        found[name] = [check_coeff(name, value) for value in values]
+    return found

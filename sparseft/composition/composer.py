@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import itertools
 import os
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from sparseft.adapter import Adapter
-from sparseft.composition.coefficients import Coeffs, Which, as_coeffs, check_coeff
+from sparseft.composition.coefficients import Coeffs, Which, as_choices, as_coeffs
 from sparseft.composition.fit import Dense, Loaded, Missing
 from sparseft.composition.overlap_pairs import OverlapReport, overlap_report
 from sparseft.composition.placement import Composition, Placement
 from sparseft.composition.planning import Planner
+from sparseft.composition.registry import recipe_of
 from sparseft.composition.residency import Moved, Residency, ResidencyReport
 from sparseft.composition.separate import SeparateComposer
 from sparseft.composition.switch_report import SwitchReport
+from sparseft.composition.turns import Turns
 from sparseft.errors import CompositionError, StackOrderError
 
 __all__ = ["Composer"]
@@ -37,7 +39,7 @@ def _alone(
 
     @wraps(method)
     def locked(self: Composer, *args: _P.args, **kwargs: _P.kwargs) -> _T:
-        with self._lock:
+        with self._turns.taken():
             return method(self, *args, **kwargs)
 
     return locked
@@ -81,9 +83,10 @@ class Composer:
         >>> moved, torch.equal(layer.weight, before)
         ([[0.0, 1.0]], True)
 
-    Safe to use from several threads: one changes the composition at a time, and nobody else does
-    inside somebody's `composed` block, so a forward pass in it sees that block's adapters. (Rows or
-    threads that want different adapters at the same time: `SeparateComposer`.)
+    Safe to use from several threads: one changes the composition at a time, and the others wait
+    while somebody is inside a `composed` block, so a forward pass in it sees that block's adapters.
+    Asyncio tasks of one thread cannot wait for each other: the second is refused. (Rows, threads or
+    tasks that want different adapters at the same time: `separate`.)
 
     Applies and attaches on one parameter form a
     stack: whoever changed it last undoes first, others get `StackOrderError`.
@@ -111,7 +114,7 @@ class Composer:
     ) -> None:
         self.model = model
         self.last_switch: SwitchReport | None = None
-        self._lock = threading.RLock()
+        self._turns = Turns()
         self._residency = Residency(device_bytes, host_bytes)
         self._planner = Planner(
             model,
@@ -124,6 +127,12 @@ class Composer:
         self._loaded: dict[str, Loaded] = {}
         self._placement = Placement()
         self._frames: list[object] = []
+        if adapters is not None and (
+            isinstance(adapters, Adapter) or not isinstance(adapters, Mapping)
+        ):
+            raise CompositionError(
+                f"adapters is {type(adapters).__name__}, wanted name -> adapter, path or hub name."
+            )
         for name, adapter in (adapters or {}).items():
             self.add(name, adapter)
 
@@ -143,9 +152,14 @@ class Composer:
                 f"an adapter called {name!r} is here already; remove({name!r}) first, or choose "
                 "another name."
             )
+        if not isinstance(adapter, Adapter | str | os.PathLike):
+            raise CompositionError(
+                f"adapter {name!r} is {type(adapter).__name__}, wanted an Adapter, a path or a "
+                "name on the hub."
+            )
         if not isinstance(adapter, Adapter):
             adapter = Adapter.load(adapter, check="lazy")  # tensors are checked when first used
-        with self._lock:
+        with self._turns.taken():
             self._residency.add(name, adapter)
             self._loaded[name] = Loaded(name, adapter)
 
@@ -180,6 +194,7 @@ class Composer:
         return dict(self._placement.composition.coeffs)
 
     @property
+    @_alone
     def skipped(self) -> dict[str, tuple[str, ...]]:
         """Adapter -> its tensors that were left out because the model has no place for them."""
         return {name: fit.skipped for name, fit in self._planner.fits.items() if fit.skipped}
@@ -235,6 +250,9 @@ class Composer:
         re-weighted in place, without a new union or capture. ``switch([])`` is `revert`.
         """
         coeffs_by_name = as_coeffs(which, coeffs, self._loaded)
+        if not coeffs_by_name:
+            recipe_of(method, options)
+            return self.revert()
         return self._to(coeffs_by_name, method, options, "switch")
 
     @_alone
@@ -277,7 +295,7 @@ class Composer:
         Raises:
             StackOrderError: on leaving, if a block entered later is still open.
         """
-        with self._lock:
+        with self._turns.taken():
             before = self._placement.composition
             self.switch(which, coeffs, method=method, **options)
             frame = object()
@@ -291,13 +309,14 @@ class Composer:
         """Put back what was active before a block, unless it was forgotten."""
         if frame not in self._frames:
             return
-        if self._frames[-1] is not frame:
+        at = self._frames.index(frame)
+        later = len(self._frames) - 1 - at
+        del self._frames[at]
+        if later:
             raise StackOrderError(
-                "composed(...) blocks were left out of order: "
-                f"{len(self._frames) - 1 - self._frames.index(frame)} entered later are still "
-                "open. Leave the innermost first."
+                f"composed(...) blocks were left out of order: {later} entered later are still "
+                "open. Leave the innermost first; nothing was put back for this one."
             )
-        self._frames.pop()
         self._go_to(before, "switch", time.perf_counter(), self._residency.moved)
 
     def grid(
@@ -326,14 +345,15 @@ class Composer:
             >>> for coeffs in composer.grid({"sw": [0.5, 1.0], "nli": 1}):  # doctest: +SKIP
             ...     scores[coeffs["sw"]] = evaluate(model)
         """
-        choices = _choices(coeffs)
+        choices = as_choices(coeffs)
         as_coeffs(list(choices), None, self._loaded)
+        recipe_of(method, options)
         return self._walk(choices, method, options)
 
     def _walk(
         self, choices: dict[str, list[float]], method: str, options: Mapping[str, Any]
     ) -> Iterator[dict[str, float]]:
-        with self._lock:
+        with self._turns.taken():
             before = self._placement.composition
             frame = object()
             self._frames.append(frame)
@@ -347,10 +367,12 @@ class Composer:
 
     # Looking at them.
 
+    @_alone
     def overlap(self) -> OverlapReport:
         """Return how the adapters' masks and values overlap, pair by pair."""
         return overlap_report({name: one.adapter for name, one in self._loaded.items()})
 
+    @_alone
     def separate(self) -> SeparateComposer:
         """Return a handle that runs the model under these adapters without touching a weight.
 
@@ -370,13 +392,15 @@ class Composer:
         """Return where the adapters' tensors lie, against the budgets."""
         return self._residency.report()
 
+    @_alone
     def weights(self, coeffs: Mapping[str, Tensor | float]) -> dict[str, Tensor]:
         """Return composed weights as new tensors, differentiable in the coefficients.
 
         ``W + sum_i coeff_i * diff_i`` of every parameter that an adapter changes, for
         ``torch.func.functional_call(model, composer.weights(coeffs), inputs)``: coefficients are
-        learned that way. The model is only read; nothing may be active. Memory: a copy of each of
-        those parameters.
+        learned that way. The model is only read, and gets no gradient (`ops.compose_diffs` gives
+        one to the base and the values, too); nothing may be active. Memory: a copy of each of those
+        parameters.
 
         Args:
             coeffs: name -> coefficient; 0-d floating tensors may require grad.
@@ -392,21 +416,14 @@ class Composer:
         """
         from sparseft.composition.functional import composed_weights
 
-        with self._lock:
-            if self.active:
-                raise CompositionError(
-                    f"{', '.join(self.active)} lie on the model; revert before weights(...), which "
-                    "starts from the base."
-                )
-            as_coeffs(list(coeffs), None, self._loaded)
-            self._refresh()
-            return composed_weights(self._planner, self._loaded, coeffs)
-
-    def __getstate__(self) -> dict[str, Any]:  # a deep copy gets a lock of its own
-        return {key: value for key, value in self.__dict__.items() if key != "_lock"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _lock=threading.RLock())
+        if self.active:
+            raise CompositionError(
+                f"{', '.join(self.active)} lie on the model; revert before weights(...), which "
+                "starts from the base."
+            )
+        as_coeffs(list(coeffs), None, self._loaded)
+        self._refresh()
+        return composed_weights(self._planner, self._loaded, coeffs)
 
     def __repr__(self) -> str:
         return f"Composer(adapters={self.names()}, active={self.active})"
@@ -431,8 +448,10 @@ class Composer:
         """Prepare a composition, put it on the model, and say what that took."""
         start, moved = time.perf_counter(), self._residency.moved
         unions = self._planner.unions_built
-        self._refresh()
-        target = self._planner.compose(self._loaded, coeffs, method, options)
+        # What is made here is kept and written to later on, outside of inference mode as well.
+        with torch.inference_mode(False):
+            self._refresh()
+            target = self._planner.compose(self._loaded, coeffs, method, options)
         return self._go_to(target, action, start, moved, self._planner.unions_built > unions)
 
     def _go_to(
@@ -446,7 +465,9 @@ class Composer:
         based = self._check_held(action, leaving=not target.coeffs)
         index = self._planner.fitter.index
         names = [*target.plans, *target.dense]
-        change = self._placement.replace(target, {name: index.get(name) for name in names}, based)
+        parameters = {name: index.get(name) for name in names}
+        with torch.inference_mode(False):
+            change = self._placement.replace(target, parameters, based)
         self.last_switch = SwitchReport(
             active=dict(target.coeffs),
             method=target.method_name,
@@ -468,20 +489,3 @@ class Composer:
         if self._planner.fitter.replaced(dict.fromkeys(names)):
             self._check_held("switch")
             self._planner.reindex()
-
-
-def _choices(coeffs: Mapping[str, float | Sequence[float]]) -> dict[str, list[float]]:
-    """Return name -> the coefficients to try, checked."""
-    if not isinstance(coeffs, Mapping) or not coeffs:
-        raise CompositionError(
-            f"grid wants name -> coefficient or coefficients, got {coeffs!r}; for example "
-            "{'sw': [0.5, 1.0], 'nli': 1}."
-        )
-    found = {}
-    for name, given in coeffs.items():
-        several = isinstance(given, Sequence) or (isinstance(given, Tensor) and given.ndim == 1)
-        values = list(given) if several else [given]  # type: ignore[arg-type]
-        if not values:
-            raise CompositionError(f"grid got no coefficient for {name!r}; wanted at least one.")
-        found[name] = [check_coeff(name, value) for value in values]
-    return found

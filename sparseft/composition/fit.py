@@ -13,6 +13,7 @@ from torch import nn
 
 from sparseft._text import did_you_mean
 from sparseft.adapter import Adapter
+from sparseft.diff import VALUE_DTYPES
 from sparseft.errors import BaseMismatchError, CompositionError, UnknownNameError
 from sparseft.fingerprint import TensorFingerprint, compare, fingerprint_tensor
 from sparseft.modules import ParameterIndex, bottom_value
@@ -192,10 +193,16 @@ class Fitter:
                 f"adapter {loaded.name!r}: the {kind} of {own!r} has shape {shape} but the model's "
                 f"parameter has {tuple(parameter.shape)}. {fix}."
             )
-        if not parameter.is_floating_point():
+        if parameter.dtype not in VALUE_DTYPES:
             raise CompositionError(
                 f"adapter {loaded.name!r}: {own!r} is {parameter.dtype} in this model; adapters "
-                "are written into floating weights only. Load the model unquantised."
+                f"are written into {', '.join(str(d).removeprefix('torch.') for d in VALUE_DTYPES)}"
+                " weights only. Load the model unquantised, or use SeparateComposer."
+            )
+        if any(n > 1 and s == 0 for n, s in zip(parameter.shape, parameter.stride(), strict=True)):
+            raise CompositionError(
+                f"adapter {loaded.name!r}: the elements of {own!r} share memory in this model (an "
+                "expanded tensor), so single entries cannot be written. Make it contiguous."
             )
 
     def _check_base(self, loaded: Loaded, fit: Fit) -> None:
@@ -218,8 +225,8 @@ class Fitter:
                 raise BaseMismatchError(
                     f"adapter {loaded.name!r} was made on another base"
                     f"{f' ({base})' if base else ''}: {own!r} was {wanted}, the model has "
-                    f"{self._prints[key]}. Load that base, or pass check_base=False if you know "
-                    "that the two belong together."
+                    f"{self._prints[key]}. Load that base, or pass check_base=False "
+                    "(--no-check-base) if you know that the two belong together."
                 )
             if verdict == "cast":
                 casts.append(own)

@@ -35,17 +35,20 @@ def composed_weights(
     weights = {}
     for name in sorted(touched):
         parameter = planner.fitter.index.get(name)
-        diffs, own_factors = [], []
-        for ordinal, own in touched[name]:
-            diff = planner.diff(chosen[ordinal].name, own, parameter.device)
+        parts = [chosen[ordinal] for ordinal, _ in touched[name]]
+        own_factors = [factors[ordinal] for ordinal, _ in touched[name]]
+        diffs = []
+        for ordinal, own_name in touched[name]:
+            diff = planner.diff(chosen[ordinal].name, own_name, parameter.device)
             if diff.mode == "set":
                 raise CompositionError(
                     f"adapter {chosen[ordinal].name!r} replaces entries of {name!r} (mode 'set'), "
                     "which have no coefficient to differentiate in."
                 )
             diffs.append(diff)
-            own_factors.append(factors[ordinal].to(parameter.device))
-        weights[name] = compose_diffs(parameter, diffs, torch.stack(own_factors))
+        packed = planner.packed_diffs(name, tuple(one.digest for one in parts), diffs)
+        factor = torch.stack([f.to(parameter.device) for f in own_factors])
+        weights[name] = compose_diffs(parameter.detach(), diffs, factor, packed=packed)
     return weights
 
 

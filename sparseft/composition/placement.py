@@ -9,6 +9,7 @@ it was.
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,6 +28,8 @@ from sparseft.errors import CompositionError, StackOrderError
 from sparseft.modules import Holder
 from sparseft.modules.storage_stack import holders, pop, push, require_top
 from sparseft.ops import gather_entries
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["Change", "Composition", "Placement"]
 
@@ -109,8 +112,20 @@ def _journal() -> Iterator[list[Callable[[], None]]]:
         yield steps
     except BaseException:  # Ctrl-C too: a half-written model is worse than a late one
         for step in reversed(steps):
-            step()
+            try:
+                step()
+            except Exception:  # the others are needed all the more
+                logger.exception("a step of going back failed; compare the model with its base")
         raise
+
+
+@contextmanager
+def _fresh_casts() -> Iterator[None]:
+    """Forget autocast's casts of weights, which it keeps to the end of its outermost region."""
+    try:
+        yield
+    finally:
+        torch.clear_autocast_cache()
 
 
 class Placement:
@@ -207,7 +222,7 @@ class Placement:
         Any exception leaves the model, the stacks and this object as they were.
         """
         before = self.composition
-        with _journal() as undo:
+        with _fresh_casts(), _journal() as undo:
             reweighted = self._can_reweight(target, parameters)
             if reweighted:
                 whole = [n for n, p in self._places.items() if p.writer is None]
@@ -347,6 +362,11 @@ class Placement:
         undo: list[Callable[[], None]],
     ) -> Tensor:
         saved = parameter.detach().clone()
+        if not bool(torch.isfinite(tensor.to(parameter.dtype)).all()):
+            raise CompositionError(
+                f"a value of {name!r}, which {target.order[ordinal]!r} holds whole, overflows "
+                f"{parameter.dtype}; nothing was applied. Load the model in a wider dtype."
+            )
         place = _Place(
             parameter, Holder(target.label, None, saved, target.parents((ordinal,))), None
         )

@@ -50,17 +50,24 @@ class TensorPlan:
         indices: (size,) union of the adapters' flat positions, ascending.
         shares: the adapters' parts, in canonical order.
         clashes: (ordinal, ordinal, flat position) of "set" entries with different values.
+        dtype: the parameter's, in which clashes were looked for.
     """
 
     name: str
     indices: Tensor
     shares: tuple[Share, ...]
     clashes: tuple[tuple[int, int, int], ...]
+    dtype: torch.dtype
 
     @cached_property
     def ordinals(self) -> tuple[int, ...]:
         """Whose parts these are."""
         return tuple(s.ordinal for s in self.shares)
+
+    @cached_property
+    def wide(self) -> bool:
+        """Whether the weight or any part is fp64, so that rounding depends on who takes part."""
+        return torch.float64 in (self.dtype, *(s.values.dtype for s in self.shares))
 
     @cached_property
     def sets(self) -> bool:
@@ -146,6 +153,12 @@ class TensorPlan:
         if total is not None:
             finite &= torch.isfinite(total)
         if not bool(finite.all()):
+            for share in self.shares:
+                if not bool(torch.isfinite(share.values).all()):
+                    raise CompositionError(
+                        f"a diff of {self.name!r} holds values that are not finite: they were "
+                        "changed after it was loaded. Load the adapter again."
+                    )
             raise CompositionError(
                 f"the sum of the diffs of {self.name!r} overflows {dtype} with coefficients "
                 f"{[coeffs[i] for i in self.ordinals]}; nothing was written. Use smaller ones."
@@ -260,6 +273,8 @@ def plan_tensor(
     """
     moved = [(ordinal, diff.to(device)) for ordinal, diff in diffs]
     union, places = union_of([diff.indices for _, diff in moved])
+    if any(union is diff.indices for _, diff in diffs):
+        union = union.clone()  # what puts bits back must not change with an adapter, or its file
     shares = tuple(
         Share(ordinal, diff.values, place, diff.mode)
         for (ordinal, diff), place in zip(moved, places, strict=True)
@@ -270,7 +285,7 @@ def plan_tensor(
         for (a, one), (b, other) in combinations(replacing, 2)
         if (at := _clash(one, other, dtype)) is not None
     ]
-    return TensorPlan(name, union, shares, tuple(clashes))
+    return TensorPlan(name, union, shares, tuple(clashes), dtype)
 
 
 def _clash(a: SparseDiff, b: SparseDiff, dtype: torch.dtype) -> int | None:

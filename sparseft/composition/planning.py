@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -16,7 +17,9 @@ from sparseft.composition.plan import UnionPlan, plan_tensor, prepared
 from sparseft.composition.registry import Recipe, recipe_of
 from sparseft.composition.residency import Residency
 from sparseft.diff import SparseDiff
-from sparseft.errors import CompositionError
+from sparseft.errors import CompositionError, OptionError
+from sparseft.ops import pack_diffs
+from sparseft.ops.packed import PackedUnion
 
 __all__ = ["Planner"]
 
@@ -47,7 +50,12 @@ class Planner:
         self.unions_built = 0
         self._residency = residency
         self._plans: OrderedDict[tuple[tuple[str, str], ...], UnionPlan] = OrderedDict()
-        self._plan_cache = max(1, plan_cache)
+        if isinstance(plan_cache, bool) or not isinstance(plan_cache, int) or plan_cache < 1:
+            raise OptionError(
+                f"plan_cache is {plan_cache!r}, wanted a number of sets of adapters, 1 or more."
+            )
+        self._plan_cache = plan_cache
+        self._packed: dict[tuple[str, tuple[str, ...], torch.device], PackedUnion] = {}
 
     def reindex(self) -> None:
         """Look at the model anew: its parameters' objects and base."""
@@ -57,6 +65,7 @@ class Planner:
         )
         self.fits.clear()
         self._plans.clear()
+        self._packed.clear()
 
     def forget(self, name: str) -> None:
         """Drop what is kept of an adapter that is removed."""
@@ -73,6 +82,16 @@ class Planner:
     def diff(self, name: str, own: str, device: torch.device) -> SparseDiff:
         """Return one diff of an adapter on a device."""
         return self._residency.diff(name, own, device)
+
+    def packed_diffs(
+        self, name: str, digests: tuple[str, ...], diffs: Sequence[SparseDiff]
+    ) -> PackedUnion:
+        """Return `pack_diffs` of one parameter's diffs, kept for the last set of adapters."""
+        key = (name, digests, diffs[0].device)
+        if key not in self._packed:
+            self._packed = {k: v for k, v in self._packed.items() if k[0] != name}
+            self._packed[key] = pack_diffs(diffs)
+        return self._packed[key]
 
     def compose(
         self,
@@ -118,7 +137,11 @@ class Planner:
         key = (*((one.name, one.digest) for one in chosen), *how)
         index = self.fitter.index
         plans = self._plans.get(key)
-        if plans is None or any(p.indices.device != index.get(n).device for n, p in plans.items()):
+        if (
+            plans is None
+            or any(p.indices.device != index.get(n).device for n, p in plans.items())
+            or any(p.dtype != index.get(p.name).dtype for p in plans.replacing)
+        ):
             plans = self._build(chosen, recipe)
             self.unions_built += 1
         self._plans[key] = plans
@@ -132,6 +155,7 @@ class Planner:
         for ordinal, one in enumerate(chosen):
             for name, own in self.fits[one.name].diffs.items():
                 touched.setdefault(name, []).append((ordinal, own))
+        self._check_apart(touched)
         built = {}
         with self._residency.using(*(one.name for one in chosen)):
             for name in sorted(touched):
@@ -145,6 +169,26 @@ class Planner:
                     name, diffs, dtype=parameter.dtype, device=parameter.device
                 )
         return UnionPlan(built, len(chosen))
+
+    def _check_apart(self, names: Iterable[str]) -> None:
+        """Check that no two parameters lie on the same memory: each would undo the other's change.
+
+        Raises:
+            CompositionError: two do.
+        """
+        spans = []
+        for name in names:
+            p = self.fitter.index.get(name)
+            extent = 1 + sum((n - 1) * s for n, s in zip(p.shape, p.stride(), strict=True))
+            if p.numel():
+                spans.append((p.device, p.data_ptr(), extent * p.element_size(), name))
+        spans.sort(key=lambda span: (str(span[0]), span[1]))
+        for (device, start, size, name), (other_device, other_start, _, other) in pairwise(spans):
+            if device == other_device and other_start < start + size:
+                raise CompositionError(
+                    f"{name!r} and {other!r} are two parameters on the same memory, and adapters "
+                    "change both; make them one parameter (tie them), or copy one."
+                )
 
     def _dense(
         self, chosen: list[Loaded], coeffs: Mapping[str, float], plans: Mapping[str, object]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sparseft._registry import Registered, Registry
+from sparseft.errors import UnknownNameError
 from sparseft.ops.combine import Rule, Term
 
 __all__ = [
@@ -106,6 +107,11 @@ def recipe_of(name: str, options: dict[str, Any]) -> Recipe:
         UnknownNameError: no such method or option.
         OptionError: an option is missing or out of range.
     """
+    if not isinstance(name, str):
+        raise UnknownNameError(
+            f"method is {name!r} ({type(name).__name__}), wanted the name of one: "
+            f"{', '.join(REGISTRY.names())}."
+        )
     REGISTRY.check_options(name, options)
     return REGISTRY.get(name).fn(**options)
 

@@ -314,6 +314,8 @@ class Residency:
         if parcel is None:
             self._counts["misses"] += here
             self._counts["streamed"] += here
+            if in_file:  # what is handed out must not read the file later on
+                item = rebuilt(item, [part.clone() for part in parts_of(item)])
             return (item if on_cpu else item.to("cpu")), False
         parts: list[Tensor] = parts_of(item)
         # Compact indices were decoded into memory of their own, which the adapter keeps as well.

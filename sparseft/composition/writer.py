@@ -63,13 +63,14 @@ def writers_for(
         parameters: the model's, by canonical name.
         rule: a function of one's own as a rule runs tensor by tensor.
     """
-    groups: dict[tuple[torch.device, torch.dtype], list[str]] = {}
-    for name in plans:
+    groups: dict[tuple[torch.device, torch.dtype, bool], list[str]] = {}
+    for name, plan in plans.items():
         parameter = parameters[name]
-        groups.setdefault((parameter.device, parameter.dtype), []).append(name)
+        groups.setdefault((parameter.device, parameter.dtype, plan.wide), []).append(name)
     writers: list[Writer] = []
-    for names in groups.values():
-        if isinstance(rule, Rule) and runs_packed([parameters[n] for n in names]):
+    for (_, _, wide), names in groups.items():
+        fused = isinstance(rule, Rule) and not wide
+        if fused and runs_packed([parameters[n] for n in names]):
             writers.append(PackedWriter(plans, {n: parameters[n] for n in names}))
         else:
             writers += [TensorWriter(n, parameters[n], plans[n]) for n in names]

@@ -294,5 +294,6 @@ def _scratch(role: str, dtype: torch.dtype) -> Tensor:
     key = (role, dtype)
     buffer = _SCRATCH.held.get(key)
     if buffer is None or buffer.numel() < BLOCK:
-        buffer = _SCRATCH.held[key] = torch.empty(BLOCK, dtype=dtype)
+        with torch.inference_mode(False):  # it is kept, and written to outside as well
+            buffer = _SCRATCH.held[key] = torch.empty(BLOCK, dtype=dtype)
     return buffer

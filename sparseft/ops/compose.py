@@ -8,7 +8,8 @@ weight and is differentiable in the weight, the values and the coefficients.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -226,7 +227,7 @@ torch.library.register_autograd("sparseft::compose_entries_grad", _no_second_der
 # Public functions.
 
 
-def pack_diffs(diffs: Sequence[SparseDiff]) -> PackedUnion:
+def pack_diffs(diffs: Iterable[SparseDiff]) -> PackedUnion:
     """Return the union of several diffs of one tensor, for `compose_diffs`; built once per set.
 
     Args:
@@ -253,13 +254,14 @@ def pack_diffs(diffs: Sequence[SparseDiff]) -> PackedUnion:
             )
     union, places = union_of([d.indices for d in diffs])
     terms = [PackedTerm(i, d.values, p) for i, (d, p) in enumerate(zip(diffs, places, strict=True))]
-    return PackedUnion.pack([union], [terms], len(diffs))
+    packed = PackedUnion.pack([union], [terms], len(diffs))
+    return replace(packed, lists=tuple(d.indices for d in diffs))
 
 
 def compose_diffs(
     weight: Tensor,
-    diffs: Sequence[SparseDiff],
-    coeffs: Tensor | Sequence[float],
+    diffs: Iterable[SparseDiff],
+    coeffs: Tensor | Sequence[float | Tensor],
     *,
     packed: PackedUnion | None = None,
     backend: str | None = None,
@@ -269,7 +271,7 @@ def compose_diffs(
     Args:
         weight: the diffs' shape, floating.
         diffs: "add" diffs, in the order in which they are summed; their values may require grad.
-        coeffs: (len(diffs),) floating; may require grad.
+        coeffs: (len(diffs),) floating, or numbers and 0-d tensors; may require grad.
         packed: `pack_diffs` of the same diffs, to build the union once for many calls.
         backend: as in :func:`sparseft.ops.gather_entries`.
 
@@ -285,23 +287,37 @@ def compose_diffs(
     Numerics: products and sums are rounded one by one in fp32 (fp64 if anything is), in order, then
     once to the weight's dtype; entries of coefficients 0 add nothing.
     """
+    diffs = list(diffs)
     packed = pack_diffs(diffs) if packed is None else packed
+    if len(packed.lists) != len(diffs) or not all(
+        at is diff.indices or torch.equal(at, diff.indices)
+        for at, diff in zip(packed.lists, diffs, strict=True)
+    ):
+        raise DiffError(
+            f"compose_diffs: packed was made of {len(packed.lists)} diffs with other entries, or "
+            "in another order; pass pack_diffs of these diffs."
+        )
+    for i, diff in enumerate(diffs):
+        if diff.mode != "add" or diff.device != weight.device:
+            raise DiffError(
+                f"compose_diffs: diff {i} has mode {diff.mode!r} and lies on {diff.device}; wanted "
+                f"mode 'add' (others have no coefficient) on the weight's device, {weight.device}."
+            )
     if tuple(weight.shape) != tuple(diffs[0].shape):
         raise DiffError(
             f"compose_diffs: weight has shape {tuple(weight.shape)} but the diffs have "
             f"{tuple(diffs[0].shape)}."
         )
     if not isinstance(coeffs, Tensor):
-        coeffs = torch.tensor(list(coeffs), dtype=torch.float32, device=weight.device)
+        given = [
+            torch.as_tensor(c, dtype=None if isinstance(c, Tensor) else torch.float32)
+            for c in coeffs
+        ]
+        coeffs = torch.stack([c.to(weight.device) for c in given]) if given else weight.new_empty(0)
     if coeffs.shape != (len(diffs),) or not coeffs.is_floating_point():
         raise DiffError(
             f"compose_diffs: coeffs has shape {tuple(coeffs.shape)} and dtype {coeffs.dtype}; "
             f"wanted ({len(diffs)},) floating, one per diff."
-        )
-    if packed.order.numel() != sum(d.nnz for d in diffs):
-        raise DiffError(
-            f"compose_diffs: packed holds {packed.order.numel()} values but the diffs have "
-            f"{sum(d.nnz for d in diffs)}; pass pack_diffs of these diffs."
         )
     joined = torch.cat([d.values.to(packed.values.dtype) for d in diffs])
     values = joined.index_select(0, packed.order)

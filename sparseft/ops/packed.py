@@ -95,6 +95,7 @@ class PackedUnion(EntryTable):
             tensor by tensor and term by term.
         places: (E,) int32 or int64, each value's entry, as a place in ``indices``.
         block_entry: (P / BLOCK,) int64, the first value of each block.
+        lists: the adapters' own positions, of one tensor, where somebody asks for them.
     """
 
     counts: Tensor
@@ -103,6 +104,7 @@ class PackedUnion(EntryTable):
     order: Tensor
     places: Tensor
     block_entry: Tensor
+    lists: tuple[Tensor, ...] = ()
 
     @classmethod
     def pack(

@@ -183,3 +183,28 @@ def test_a_failure_at_any_launch_leaves_no_trace(model, monkeypatch, function, a
                 assert composer.active == {"a": 1.0}
         composer.switch("a")
         assert same(snapshot(model), before)
+
+
+def test_values_in_fp64_change_no_other_tensors_bits(model):
+    """Nor does an adapter of them with coefficient 0."""
+    wide = make_adapter(model, 3)
+    wide = Adapter(
+        {
+            **{n: d for n, d in wide.items()},
+            "1.bias": SparseDiff(
+                wide["1.bias"].indices, wide["1.bias"].values.double(), wide["1.bias"].shape
+            ),
+        },
+        name="wide",
+    )
+    adapters = {"a": make_adapter(model, 0), "b": make_adapter(model, 1), "z": wide}
+    composer = Composer(model, adapters)
+    for coeffs in ({"a": 0.3, "b": -0.7, "z": 0.1}, {"a": 0.3, "b": -0.7, "z": 0.0}):
+        composer.switch(coeffs)
+        got = snapshot(model)
+        composer.revert()
+        with ops.backend("reference"):
+            plain = Composer(model, adapters)
+            plain.switch({n: c for n, c in coeffs.items() if c})
+            assert same(snapshot(model), got)
+            plain.revert()

@@ -90,7 +90,7 @@ class TestComposeDiffs:
             ops.pack_diffs(both)
         with pytest.raises(DiffError, match="diff 1 has shape"):
             ops.pack_diffs([diffs[0], make((2, 2))[1][0]])
-        with pytest.raises(DiffError, match="packed holds"):
+        with pytest.raises(DiffError, match="packed was made of 3 diffs"):
             ops.compose_diffs(weight, diffs[:2], [1.0] * 2, packed=ops.pack_diffs(diffs))
         with pytest.raises(BackendError, match="'triton' was asked for"):
             ops.compose_diffs(weight, diffs, [1.0] * 3, backend="triton")
