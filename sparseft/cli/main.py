@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import os
 import pkgutil
+import re
 import shlex
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from sparseft._text import did_you_mean
 from sparseft._version import __version__
 from sparseft.errors import SparseFtError
 
-__all__ = ["BAD_INPUT", "FAILURE", "INTERRUPTED", "OK", "build_parser", "main"]
+__all__ = ["BAD_INPUT", "FAILURE", "INTERRUPTED", "OK", "TERMINATED", "build_parser", "main"]
 
-OK, FAILURE, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+OK, FAILURE, BAD_INPUT, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
 
 # The order of the help; commands that are not named here follow, by name.
 _ORDER = ("demo", "train", "eval", "compose", "diff", "convert", "inspect", "overlap")
@@ -41,11 +45,19 @@ examples:
   sparseft overlap swahili/ nli/             what several have in common
 
 `sparseft COMMAND --help` says what a command reads and writes. Exit codes: 0 done, 1 failed,
-2 bad input, 130 interrupted (train and demo go on when the same command is given again)."""
+2 bad input, 130 interrupted, 143 terminated (train and demo go on when the same command is given
+again)."""
+
+# What looks like an option and is a number: -1, -.5, and -5e-1, which argparse does not know.
+_NEGATIVE = re.compile(r"-(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?$|-(?:inf|nan)$")
 
 
 class _Parser(argparse.ArgumentParser):
     """A parser whose errors are one line, with the nearest option or command."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._negative_number_matcher = _NEGATIVE
 
     def error(self, message: str) -> NoReturn:
         self.exit(BAD_INPUT, f"{self.prog}: {message}\nSee {self.prog} --help.\n")
@@ -113,11 +125,39 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+@contextlib.contextmanager
+def _cleaned_up_when_terminated() -> Iterator[None]:
+    """Let SIGTERM unwind the stack inside the block, so that temporary files are removed.
+
+    A handler that somebody else has set stays; and only the main thread may set one.
+    """
+    ours = threading.current_thread() is threading.main_thread()
+    if not ours or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+
+    def stop(number: int, frame: object) -> NoReturn:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not stop the cleaning
+        raise SystemExit(TERMINATED)
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def _guarded(run: Callable[[argparse.Namespace], int], args: argparse.Namespace, again: str) -> int:
     """Return the exit code of a command, with its errors said in one message."""
     name = f"sparseft {args.command}"
     try:
-        return run(args)
+        with _cleaned_up_when_terminated():
+            return run(args)
+    except SystemExit as stop:
+        if stop.code != TERMINATED:
+            raise
+        _say(f"{name}: terminated.")
+        return TERMINATED
     except KeyboardInterrupt:
         if args.command in _RESUMABLE:
             _say(f"\n{name}: interrupted. What is done is kept; to go on:\n  {again}")
@@ -139,7 +179,10 @@ def _guarded(run: Callable[[argparse.Namespace], int], args: argparse.Namespace,
             traceback.print_exc()
         what = f"{error.filename}: " if error.filename else ""
         _say(f"{name}: {what}{str(error.strerror or error).rstrip('.')}.")
-        return BAD_INPUT if isinstance(error, FileNotFoundError) else FAILURE
+        # Without a number it is not the system's: somebody says that what was named is not to be
+        # had (no such adapter, a hub that does not answer), as a SparseFtError would.
+        named = error.errno is None or isinstance(error, FileNotFoundError)
+        return BAD_INPUT if named else FAILURE
     except Exception as error:
         if args.debug:
             traceback.print_exc()
@@ -152,7 +195,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run ``sparseft`` with the given words (those of the command line by default).
 
     Returns:
-        0 done, 1 failed, 2 bad input, 130 interrupted.
+        0 done, 1 failed, 2 bad input, 130 interrupted, 143 terminated.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     try:

@@ -73,7 +73,8 @@ def merge_into_checkpoint(
         FileExistsError: the folder exists and ``overwrite`` is False. If it has appeared while the
             checkpoint was being made, both are kept; the message says where.
         CompositionError: the folder is no model's, or lies in the base's; the base cannot be found
-            or read, or a head would be written with random weights; and what `Composer.apply` raises. Nothing has been written then.
+            or read, or a head would be written with random weights; and what `Composer.apply`
+            raises. Nothing has been written then.
         OSError: writing failed; what was there before is there still.
     """
     target = Path(out_dir)

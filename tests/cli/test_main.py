@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -111,6 +114,10 @@ def test_overrides_may_follow_options(command):
         (NonFiniteLossError("loss is nan at step 7"), 1),
         (FileNotFoundError(2, "No such file or directory", "x.yaml"), 2),
         (OSError(28, "No space left on device", "out/adapter.safetensors"), 1),
+        (ConnectionResetError(104, "Connection reset by peer", "socket"), 1),
+        (ConnectionError("no adapter 'a/b': the hub does not answer"), 2),
+        (PermissionError("adapter 'a/b' is gated"), 2),
+        (FileExistsError("out exists already"), 2),
         (ZeroDivisionError("division by zero"), 1),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else str(value),
@@ -120,10 +127,10 @@ def test_errors_are_one_message_and_a_code(command, capsys, error, code):
     assert cli.main(["probe"]) == code
     err = capsys.readouterr().err
     assert err.startswith("sparseft probe: ")
-    assert (error.strerror if isinstance(error, OSError) else str(error)) in err
+    assert (getattr(error, "strerror", None) or str(error)) in err
     assert "Traceback" not in err
     assert len(err.strip().splitlines()) == 1
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) and error.filename:
         assert error.filename in err
 
 
@@ -220,3 +227,53 @@ def test_nothing_is_guessed_for_a_path_elsewhere(tmp_path, capsys, monkeypatch):
     for words in (["inspect", missing], ["inspect", "swa"]):
         assert cli.main(words) == 2
         assert "Did you mean 'sw'?" in capsys.readouterr().err
+
+
+def test_sigterm_unwinds_and_the_handler_is_taken_back(command, capsys):
+    cleaned = []
+
+    def action(args):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)  # an impatient caller: the cleaning goes on
+            cleaned.append(True)
+
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    command(action)
+    assert cli.main(["probe"]) == 143
+    assert cleaned == [True]
+    assert capsys.readouterr().err == "sparseft probe: terminated.\n"
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_handler_of_the_program_around_stays(command):
+    command(lambda args: 0 if signal.getsignal(signal.SIGTERM) is mine else 1)
+
+    def mine(number, frame):
+        """Belongs to somebody else."""
+
+    old = signal.signal(signal.SIGTERM, mine)
+    try:
+        assert cli.main(["probe"]) == 0
+        assert signal.getsignal(signal.SIGTERM) is mine
+    finally:
+        signal.signal(signal.SIGTERM, old)
+
+
+def test_a_command_may_run_in_a_thread(command):
+    command(lambda args: 0)
+    codes = []
+    thread = threading.Thread(target=lambda: codes.append(cli.main(["probe"])))
+    thread.start()
+    thread.join()
+    assert codes == [0]
+
+
+@pytest.mark.parametrize("number", ["-1", "-0.5", "-.5", "-5.", "-5e-1", "-.5e1", "-1E+2"])
+def test_numbers_below_zero_are_no_options(number):
+    args = cli._parse(
+        ["compose", "--adapter", "a", "b", "--coeff", number, "1e0", "--out", "x.safetensors"]
+    )
+    assert args.coeff == [float(number), 1.0]
