@@ -11,7 +11,6 @@ import json
 import logging
 import math
 import os
-import pickle
 import struct
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from sparseft._integrity import raw_pieces
 from sparseft.errors import CompositionError
+from sparseft.io.pickles import check_tensors, is_archive, load_pickle
 
 __all__ = ["TORCH_DTYPES", "Shard", "TensorInfo", "dtype_name", "open_shard"]
 
@@ -252,34 +252,22 @@ def _load_pickle(file: Path) -> tuple[dict[str, Tensor], bool]:
     """Open a file of ``torch.save``: tensors by name, nothing else is ever built; and whether they
     are mapped.
     """
-    mapped = True
-    try:
-        try:
-            found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError as bad:
-            if "mmap" not in str(bad):
-                raise
-            logger.warning(
-                "%s was written before torch 1.6 and cannot be mapped: all of it is read at once",
-                file,
-            )
-            found, mapped = torch.load(file, map_location="cpu", weights_only=True), False
-    except pickle.UnpicklingError as bad:
-        raise CompositionError(
-            f"{file} holds more than tensors, or is damaged; pickles that could run code are not "
-            "opened. Load the model where you trust the file and save it by save_pretrained."
-        ) from bad
-    except (RuntimeError, EOFError) as bad:
-        first = str(bad).partition("\n")[0]
-        raise CompositionError(f"{file} is no file of torch.save, or damaged: {first}") from bad
+    mapped = is_archive(file)
+    found = load_pickle(file, error=CompositionError, mapped=mapped)
+    if not mapped:
+        logger.warning(
+            "%s was written before torch 1.6 and cannot be mapped: all of it is read at once", file
+        )
     tensors = dict(found) if isinstance(found, Mapping) else {}
-    odd = next((n for n, t in tensors.items() if not isinstance(t, Tensor)), None)
-    if odd is not None or not tensors:
-        what = f"{odd!r} in it is {type(tensors[odd]).__name__}" if odd else "no tensor is in it"
+    odd = [n for n, t in tensors.items() if not (isinstance(n, str) and isinstance(t, Tensor))]
+    if odd or not tensors:
+        kind = type(tensors[odd[0]]).__name__ if odd else ""
+        what = f"{str(odd[0])[:200]!r} in it is {kind}" if odd else "no tensor is in it"
         raise CompositionError(
             f"{file} is not a state dict ({what}); wanted name -> tensor, as save_pretrained "
             "writes it. A training checkpoint has one inside."
         )
+    check_tensors(file, tensors, error=CompositionError)
     return tensors, mapped
 
 

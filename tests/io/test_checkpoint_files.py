@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import pickle
+import random
 import struct
+import zipfile
 
 import pytest
 import torch
@@ -150,13 +153,59 @@ def test_what_is_no_checkpoint(tmp_path):
     file.unlink()
     pickled = tmp_path / "pytorch_model.bin"
     torch.save({"w": _Runs()}, pickled)
-    with pytest.raises(CompositionError, match="holds more than tensors"):
+    with pytest.raises(CompositionError, match="would run code .*_Runs|would run code .*print"):
         CheckpointFiles(tmp_path)
     pickled.write_bytes(pickle.dumps({"w": _Runs()}, protocol=2))
-    with pytest.raises(CompositionError, match="holds more than tensors|no file of torch.save"):
+    with pytest.raises(CompositionError, match=r"pytorch_model\.bin: not opened.*would run code"):
         CheckpointFiles(tmp_path)
     torch.save({"state_dict": {"w": TENSORS["one"]}}, pickled)
     with pytest.raises(CompositionError, match="'state_dict' in it is dict"):
+        CheckpointFiles(tmp_path)
+
+
+def fuzzed(raw, count=150):
+    """Yield cut off and changed copies of ``raw``."""
+    rng = random.Random(0)
+    for i in range(count):
+        if i % 3 == 0:
+            yield raw[: rng.randrange(1, len(raw))]
+        else:
+            copy = bytearray(raw)
+            copy[rng.randrange(len(raw))] ^= rng.randrange(1, 256)
+            yield bytes(copy)
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_damaged_pickles_are_refused_by_name_or_read(tmp_path, zipped):
+    file = tmp_path / "pytorch_model.bin"
+    torch.save(TENSORS, file, _use_new_zipfile_serialization=zipped)
+    refused = []
+    for damaged in fuzzed(file.read_bytes()):
+        file.write_bytes(damaged)
+        try:
+            files = CheckpointFiles(tmp_path)
+            for name in files.names:
+                files.read(name)
+        except CompositionError as error:  # nothing else
+            refused.append(str(error))
+    assert len(refused) >= 50  # all that are cut off
+    assert all(str(file) in message for message in refused)
+
+
+def test_what_a_checkpoint_claims_and_does_not_store_is_refused(tmp_path):
+    file = tmp_path / "pytorch_model.bin"
+    torch.save({"w": torch.ones(1).expand(2**40)}, file)
+    with pytest.raises(CompositionError, match="'w' claims 1,099,511,627,776 elements"):
+        CheckpointFiles(tmp_path)
+    torch.save({1: torch.ones(1)}, file)
+    with pytest.raises(CompositionError, match="is not a state dict"):
+        CheckpointFiles(tmp_path)
+    inner = io.BytesIO()
+    torch.save({"w": torch.zeros(100_000)}, inner)
+    with zipfile.ZipFile(inner) as source, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as out:
+        for member in source.infolist():
+            out.writestr(member.filename, source.read(member))
+    with pytest.raises(CompositionError, match="unpack to .* possible bomb"):
         CheckpointFiles(tmp_path)
 
 

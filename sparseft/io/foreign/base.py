@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from sparseft._text import did_you_mean
 from sparseft.errors import AdapterFormatError, BaseMismatchError
 from sparseft.io.foreign.names import checked_shape, parameter_name
-from sparseft.io.foreign.pickles import check_tensors, load_pickle
+from sparseft.io.pickles import check_tensors, load_pickle
 
 __all__ = ["Base", "BaseLike"]
 

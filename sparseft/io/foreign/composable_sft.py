@@ -40,7 +40,7 @@ from sparseft.io.foreign.entries import check_dense, diff_from
 from sparseft.io.foreign.found import Conversion, Found, Written
 from sparseft.io.foreign.names import checked_shape
 from sparseft.io.foreign.peft import adapter_from, check_writable
-from sparseft.io.foreign.pickles import check_tensors
+from sparseft.io.pickles import check_tensors
 
 __all__ = ["DIFF_FILE", "is_composable_sft", "read", "write"]
 

@@ -15,7 +15,7 @@ from sparseft.adapter import Adapter
 from sparseft.errors import AdapterFormatError, OptionError
 from sparseft.io.foreign.base import Base
 from sparseft.io.foreign.names import parameter_name
-from sparseft.io.foreign.pickles import check_tensors, is_pickle, load_pickle
+from sparseft.io.pickles import check_tensors, is_pickle, load_pickle
 
 __all__ = ["Conversion", "Found", "Written"]
 

@@ -29,7 +29,7 @@ from sparseft.io.foreign import (
 from sparseft.io.foreign.base import Base, BaseLike
 from sparseft.io.foreign.found import Conversion, Found, Written, read_config
 from sparseft.io.foreign.peft import CONFIG_FILE, WEIGHTS_FILES
-from sparseft.io.foreign.pickles import is_pickle
+from sparseft.io.pickles import is_pickle
 from sparseft.io.safetensors_v1 import DEFAULT_FILE
 
 __all__ = ["FORMATS", "detect", "load", "read", "read_masks", "without", "writable", "write"]

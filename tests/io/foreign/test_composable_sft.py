@@ -281,7 +281,9 @@ def test_a_malicious_pickle_does_not_run(tmp_path: Path, bomb: Any, zipped: bool
     entry = {**encode(torch.ones(3)), "index_steps": [bomb, 1, 1]}
     file = tmp_path / name
     torch.save({"diffs": {"w": entry}}, file, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(AdapterFormatError, match="not opened, as it is damaged or would run code"):
+    with pytest.raises(
+        AdapterFormatError, match="not opened, as it is damaged, cut off, or would run code"
+    ):
         Adapter.load(file)
     with pytest.raises(AdapterFormatError):
         Adapter.load(tmp_path if name == "pytorch_diff.bin" else file)
@@ -313,5 +315,57 @@ def test_cut_off_files(deltas: dict[str, Tensor], tmp_path: Path, keep: float):
     file = folder / "pytorch_diff.bin"
     raw = file.read_bytes()
     file.write_bytes(raw[: int(keep * len(raw)) if isinstance(keep, float) else keep])
-    with pytest.raises(AdapterFormatError, match=r"pytorch_diff\.bin"):
+    with pytest.raises(AdapterFormatError, match=r"pytorch_diff\.bin: .*cut off"):
         Adapter.load(folder)
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_every_length_of_a_cut_off_file(deltas: dict[str, Tensor], tmp_path: Path, zipped: bool):
+    file = tmp_path / "pytorch_diff.bin"
+    content = {"diffs": {"w": encode(deltas["bert.bias"])}, "abs": {}}
+    torch.save(content, file, _use_new_zipfile_serialization=zipped)
+    raw = file.read_bytes()
+    for length in range(0, len(raw), max(1, len(raw) // 60)):
+        file.write_bytes(raw[:length])
+        with pytest.raises(AdapterFormatError, match=r"pytorch_diff\.bin: .*cut off"):
+            Adapter.load(tmp_path)
+
+
+def test_a_changed_byte_does_not_change_the_adapter(deltas: dict[str, Tensor], tmp_path: Path):
+    """The archive stores checksums: what a flip changes is refused, what it does not is equal."""
+    folder = save(tmp_path, {"diffs": {n: encode(d) for n, d in deltas.items()}, "abs": {}})
+    file = folder / "pytorch_diff.bin"
+    raw = bytearray(file.read_bytes())
+    whole = Adapter.load(folder)
+    refused = []
+    for at in range(0, len(raw), max(1, len(raw) // 300)):
+        raw[at] ^= 0x10
+        file.write_bytes(raw)
+        try:
+            assert Adapter.load(folder).equals(whole)
+        except AdapterFormatError as error:
+            refused.append(str(error))
+        raw[at] ^= 0x10
+    assert len(refused) > 100
+    assert all(str(file) in message for message in refused)
+
+
+def test_files_without_checksums_are_read(deltas: dict[str, Tensor], tmp_path: Path):
+    content = {"diffs": {n: encode(d) for n, d in deltas.items()}, "abs": {}}
+    whole = Adapter.load(save(tmp_path / "with", content))
+    torch.serialization.set_crc32_options(False)
+    try:
+        folder = save(tmp_path / "without", content)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert Adapter.load(folder).equals(whole)
+
+
+def test_a_pickle_of_protocol_4_is_refused_in_one_message(tmp_path: Path):
+    """Without torch's warning, which would be an error here."""
+    content = {"diffs": {"w": encode(torch.tensor([1.0, 0.0]))}, "abs": {}}
+    torch.save(content, tmp_path / "pytorch_diff.bin", pickle_protocol=4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(AdapterFormatError, match="saved with pickle_protocol=4"):
+            Adapter.load(tmp_path)
