@@ -24,6 +24,7 @@ from sparseft.modules.separate import (
     why_not_separate,
 )
 from sparseft.ops import gather_entries
+from sparseft.ops.apply_diff import sum_entries
 
 __all__ = ["Blender"]
 
@@ -119,7 +120,7 @@ class Blender:
             if loaded.name not in self.fits:
                 self.fits[loaded.name] = self.fitter.fit(loaded)
         known = self._blends.get(key)
-        if known is not None and all(_is_on(d, self.index.get(n).device) for n, d in known.items()):
+        if known is not None and all(_holds(d, self.index.get(n)) for n, d in known.items()):
             self._blends.move_to_end(key)
             return known
         touched: dict[str, list[tuple[Loaded, str]]] = {}
@@ -143,9 +144,9 @@ class Blender:
             # Another adapter in the set changes nothing here but how many could agree.
             rule = recipe.among(len(chosen))
             weights = tuple((x.name, x.digest, coeffs[x.name]) for x, _ in parts)
-            own_key = (name, self.index.get(name).device, method, rule, weights)
+            own_key = (name, method, rule, weights)
             delta = self._deltas.get(own_key)
-            if delta is None:
+            if delta is None or not _holds(delta, self.index.get(name)):
                 delta = self._delta(name, parts, coeffs, recipe, rule)
                 if isinstance(delta.values, Tensor):
                     self._deltas[own_key] = delta
@@ -189,20 +190,23 @@ class Blender:
         plan = plan_tensor(name, list(enumerate(ready)), dtype=dtype, device=device)
         plan.check(ordered, names)
         wide = torch.promote_types(dtype, torch.float32)
-        if replacing:
-            base = gather_entries(parameter.detach(), plan.indices)
-        else:
+        if is_opaque(parameter):
             base = torch.zeros(plan.indices.numel(), dtype=dtype, device=device)
+        else:
+            base = gather_entries(parameter.detach(), plan.indices)
         put_in, total = plan.total(base, ordered, rule)
         values = total if total is not None else torch.zeros_like(base, dtype=wide)
         if replacing:
             values = values + (put_in.to(wide) - base.to(wide))
-        if not bool(torch.isfinite(values).all()):
+        written = sum_entries(base, values, dtype)
+        finite = torch.isfinite(values) & (torch.isfinite(written) | ~torch.isfinite(base))
+        if not bool(finite.all()):
             raise CompositionError(
-                f"the sum of the diffs of {name!r} overflows {values.dtype} with coefficients "
+                f"the sum of the diffs of {name!r} overflows {dtype} with coefficients "
                 f"{dict(zip(names, ordered, strict=True))}; nothing was applied. Use smaller ones."
             )
-        return Delta(plan.indices, values, tuple(diffs[0].shape))
+        shape = tuple(diffs[0].shape)
+        return Delta(plan.indices, values, shape, parameter.dtype, base if replacing else None)
 
     def _learning(
         self, name: str, diffs: Sequence[Any], coeffs: Sequence[float], recipe: Recipe
@@ -227,7 +231,7 @@ class Blender:
                 total = total + term if place is None else total.index_add(0, place, term)
             return total
 
-        return Delta(plan.indices, values, tuple(diffs[0].shape))
+        return Delta(plan.indices, values, tuple(diffs[0].shape), self.index.get(name).dtype)
 
     def _replaced(self, name: str, parts: Sequence[tuple[Loaded, str]]) -> Delta:
         (first, own), *rest = parts
@@ -240,11 +244,19 @@ class Blender:
                 )
         key = (name, first.name, first.digest)
         delta = self._deltas.get(key)
-        if delta is None:
-            device = self.index.get(name).device
-            none = torch.empty(0, device=device)
-            moved = tensor.detach().to(device)
-            delta = Delta(none.int(), none, tuple(tensor.shape), moved)
+        parameter = self.index.get(name)
+        if delta is None or not _holds(delta, parameter):
+            none = torch.empty(0, device=parameter.device)
+            moved = tensor.detach().to(parameter.device)
+            # A quantised weight's dtype says nothing of its layer's output.
+            made = moved if is_opaque(parameter) else moved.to(parameter.dtype)
+            if not bool((torch.isfinite(made) | ~torch.isfinite(moved)).all()):
+                raise CompositionError(
+                    f"adapter {first.name!r}: its {name!r} has values that {made.dtype}, the "
+                    "model's dtype, cannot hold; nothing was applied. Load the model in a wider "
+                    "one, or pass dense='skip' to leave the head out."
+                )
+            delta = Delta(none.int(), none, tuple(tensor.shape), parameter.dtype, replaced=made)
             self._deltas[key] = delta
         return delta
 
@@ -274,5 +286,14 @@ class Blender:
         return found
 
 
-def _is_on(delta: Delta, device: torch.device) -> bool:
-    return delta.indices.device == device
+def _holds(delta: Delta, parameter: Tensor) -> bool:
+    """Whether a delta that was kept is still right for its parameter.
+
+    Entries that were replaced are looked at, all of them: their delta is the difference from them,
+    and the base may have been loaded anew or trained in place since.
+    """
+    if (delta.indices.device, delta.dtype) != (parameter.device, parameter.dtype):
+        return False
+    if delta.base is None:
+        return True
+    return bits_equal(gather_entries(parameter.detach(), delta.indices), delta.base)

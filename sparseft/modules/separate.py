@@ -129,12 +129,16 @@ class Delta:
         values: (nnz,) fp32 or fp64, added there; or a function that computes them anew, where they
             are being trained.
         shape: of the parameter.
+        dtype: of the parameter.
+        base: (nnz,) what the parameter held there, where ``values`` were made from that.
         replaced: the whole new tensor instead, with no ``indices`` and ``values``.
     """
 
     indices: Tensor
     values: Tensor | Callable[[], Tensor]
     shape: tuple[int, ...]
+    dtype: torch.dtype
+    base: Tensor | None = None
     replaced: Tensor | None = None
 
     def now(self) -> Tensor:
