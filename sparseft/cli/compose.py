@@ -30,7 +30,8 @@ examples:
 what comes out: with --base a folder with everything the base's folder has (the same shards, config,
 tokenizer), the weights composed, and beside them README.md (a model card) and
 sparseft_composition.json, which say which adapters, coefficients and method; else an adapter. A
-folder or file that exists is only replaced with --overwrite; a failure leaves it as it was.
+folder or file that exists is only replaced with --overwrite, and a folder only if it is a model's;
+a failure leaves it as it was.
 
 The inverse, an adapter from a base and a tuned checkpoint, is `sparseft diff`."""
 
@@ -88,28 +89,33 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--architecture",
         metavar="CLASS",
-        help="class of transformers for the base, e.g. AutoModelForMaskedLM (default: a sequence "
-        "classifier if an adapter has such a head, else what the base names)",
+        help="with --base: its class of transformers, e.g. AutoModelForMaskedLM (default: a "
+        "sequence classifier if an adapter has such a head, else what the base names)",
     )
     parser.add_argument(
         "--missing",
         choices=("auto", "error", "skip"),
-        default="auto",
-        help="diffs of parameters the model lacks: auto leaves out those of an absent head "
-        "(default), error refuses, skip leaves out all",
+        help="with --base: diffs of parameters the model lacks: auto leaves out those of an absent "
+        "head (default), error refuses, skip leaves out all",
     )
     parser.add_argument(
-        "--no-check-base", action="store_true", help="do not compare the base's fingerprint"
+        "--no-check-base",
+        action="store_true",
+        help="do not check that the adapters are of this base, or of one base",
     )
-    parser.add_argument("--name", help="name of a merged adapter (default: the names joined)")
-    parser.add_argument("--overwrite", action="store_true", help="replace what is there")
+    parser.add_argument(
+        "--name", help="without --base: name of the merged adapter (default: the names joined)"
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace the model or adapter there"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Compose and say what was written."""
     from sparseft._text import human_bytes
     from sparseft.cli._options import parse_options
-    from sparseft.cli._paths import need_adapters
+    from sparseft.cli._paths import need_adapters, not_an_input
     from sparseft.composition import compose_adapters, merge_into_checkpoint
     from sparseft.composition.registry import REGISTRY
     from sparseft.errors import CompositionError
@@ -120,6 +126,16 @@ def run(args: argparse.Namespace) -> int:
             f"--coeff has {len(args.coeff)} numbers for {len(args.adapter)} adapters; give one "
             "each, in that order."
         )
+    if args.base is None:
+        for option in ("architecture", "missing"):
+            if getattr(args, option) is not None:
+                raise CompositionError(
+                    f"--{option} needs --base: without one an adapter is written."
+                )
+    elif args.name is not None:
+        raise CompositionError(
+            "--name is for a merged adapter; with --base a checkpoint is written, which has none."
+        )
     entry = REGISTRY.get(args.method)
     options = parse_options(args.option, entry)
     REGISTRY.check_options(args.method, options)
@@ -129,12 +145,14 @@ def run(args: argparse.Namespace) -> int:
     need_adapters(args.adapter)
     coeffs = args.coeff or [1.0] * len(args.adapter)
     if args.base is None:
-        if args.architecture is not None:
-            raise CompositionError(
-                "--architecture needs --base: without one an adapter is written."
-            )
+        not_an_input(target, args.adapter)
         merged = compose_adapters(
-            args.adapter, coeffs, name=args.name, method=args.method, **options
+            args.adapter,
+            coeffs,
+            name=args.name,
+            method=args.method,
+            check_base=not args.no_check_base,
+            **options,
         )
         path = merged.save(args.out, overwrite=args.overwrite)
         size = human_bytes(path.stat().st_size)
@@ -156,7 +174,7 @@ def run(args: argparse.Namespace) -> int:
         architecture=args.architecture,
         overwrite=args.overwrite,
         check_base=not args.no_check_base,
-        missing=args.missing,
+        missing=args.missing or "auto",
         **options,
     )
     size = human_bytes(sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()))

@@ -17,6 +17,7 @@ from sparseft.composition.plan import TensorPlan, plan_tensor, prepared
 from sparseft.composition.registry import Combine, Rule, filled_options, recipe_of
 from sparseft.diff import SparseDiff
 from sparseft.errors import BaseMismatchError, CompositionError
+from sparseft.fingerprint import Fingerprint, TensorFingerprint, compare
 
 __all__ = ["AdapterLike", "compose_adapters", "load_named"]
 
@@ -55,6 +56,7 @@ def compose_adapters(
     *,
     name: str | None = None,
     method: str = "linear",
+    check_base: bool = True,
     **options: Any,
 ) -> Adapter:
     """Merge adapters of one base into one adapter.
@@ -67,6 +69,9 @@ def compose_adapters(
         coeffs: None (1 each), one for all, one each in order, or by name.
         name: of the result; default: the names joined by ``+``.
         method: a registered composition method, with its ``options``.
+        check_base: whether to refuse adapters of different bases: by their fingerprints, or by the
+            names of the bases where no tensor is known to both. False takes them for one base; the
+            result then keeps the fingerprints that do not contradict each other.
 
     Returns:
         The merged adapter. Its metadata has the parts' digests as parents, and the recipe.
@@ -74,7 +79,7 @@ def compose_adapters(
     Raises:
         CompositionError: coefficients that fit no adapter, contradictions between "set" entries or
             dense tensors, a tensor with both "set" and "add" diffs (one diff cannot hold both).
-        BaseMismatchError: adapters of different bases, or of different shapes.
+        BaseMismatchError: adapters of different bases (``check_base``), or of different shapes.
         UnknownNameError: no such method or option.
     """
     named = load_named(adapters)
@@ -84,7 +89,12 @@ def compose_adapters(
         (Loaded(n, a) for n, a in named.items() if given[n]), key=lambda loaded: loaded.order
     )
     ordered = [given[loaded.name] for loaded in chosen]
-    fingerprint = merged_fingerprint({loaded.name: loaded.adapter for loaded in chosen})
+    parts = {loaded.name: loaded.adapter for loaded in chosen}
+    if check_base:
+        fingerprint = merged_fingerprint(parts)
+        _check_base_names(parts)
+    else:
+        fingerprint = _undisputed(parts)
     touched: dict[str, list[tuple[int, SparseDiff]]] = {}
     for ordinal, loaded in enumerate(chosen):
         for tensor_name, diff in loaded.adapter.diffs.items():
@@ -97,7 +107,7 @@ def compose_adapters(
         plan = plan_tensor(tensor_name, found, dtype=first.dtype, device=first.device)
         plan.check(ordered, [loaded.name for loaded in chosen])
         diffs[tensor_name] = _merged(plan, found, ordered, recipe.among(len(chosen)))
-    parts = [
+    noted = [
         {"name": loaded.name, "digest": loaded.digest, "coeff": coeff}
         for loaded, coeff in zip(chosen, ordered, strict=True)
     ]
@@ -111,7 +121,7 @@ def compose_adapters(
             "composition": {
                 "method": method,
                 "options": filled_options(method, options),
-                "adapters": parts,
+                "adapters": noted,
             }
         },
     )
@@ -121,6 +131,61 @@ def compose_adapters(
         dense=_merge_dense(chosen, diffs),
         metadata=metadata,
     )
+
+
+def _prints(adapter: Adapter) -> Mapping[str, TensorFingerprint]:
+    fingerprint = adapter.metadata.fingerprint
+    return fingerprint.tensors if fingerprint is not None else {}
+
+
+def _check_base_names(parts: Mapping[str, Adapter]) -> None:
+    """Refuse adapters whose bases have different names, unless fingerprints show them to be one.
+
+    Fingerprints that contradict each other have been refused before, so a tensor that two adapters
+    know makes their bases one, whatever the names. Of a name the last part counts: the same base is
+    ``xlm-roberta-base`` in a folder and ``owner/xlm-roberta-base`` on the hub.
+
+    Raises:
+        BaseMismatchError: names differ, and nothing joins them.
+    """
+    group = {name: name for name in parts}
+
+    def top(name: str) -> str:
+        while group[name] != name:
+            name = group[name]
+        return name
+
+    owner: dict[tuple[str, str], str] = {}
+    for name, adapter in parts.items():
+        base = adapter.metadata.base_name
+        known = [("tensor", tensor) for tensor in _prints(adapter)]
+        for key in (*known, *([("base", _last_part(base))] if base else ())):
+            group[top(name)] = top(owner.setdefault(key, name))
+    named = [name for name, adapter in parts.items() if adapter.metadata.base_name]
+    for other in named[1:]:
+        if top(other) != top(named[0]):
+            first, second = (parts[n].metadata.base_name for n in (named[0], other))
+            raise BaseMismatchError(
+                f"adapter {named[0]!r} was made on {first!r} and {other!r} on {second!r}, and no "
+                "fingerprint of a tensor that both know shows the two to be one base. If they are, "
+                "pass --no-check-base (check_base=False)."
+            )
+
+
+def _last_part(base: str) -> str:
+    return base.rstrip("/").rpartition("/")[2].casefold()
+
+
+def _undisputed(parts: Mapping[str, Adapter]) -> Fingerprint | None:
+    """Return the fingerprints of the tensors in which no two adapters contradict each other."""
+    found: dict[str, TensorFingerprint] = {}
+    disputed: set[str] = set()
+    for adapter in parts.values():
+        for name, print_ in _prints(adapter).items():
+            if compare(found.setdefault(name, print_), print_) == "different":
+                disputed.add(name)
+    kept = {name: print_ for name, print_ in found.items() if name not in disputed}
+    return Fingerprint(kept) if kept else None
 
 
 def _check_same_shape(

@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from sparseft._text import did_you_mean
 from sparseft.errors import CompositionError
 from sparseft.io.hub import first_line, load_from_anywhere
 
@@ -66,6 +67,18 @@ def find_model(source: str | os.PathLike[str], what: str = "base") -> Path:
                 return folder
         raise FileNotFoundError(f"{name} has no config.json, or no weights that are whole")
 
+    if given.parent != Path(".") and given.parent.is_dir():
+        # Where its first part is a folder here, "owner/name" is a path with a slip in it: what was
+        # downloaded under that name is taken, but the hub is not asked.
+        try:
+            return fetch(local_files_only=True)
+        except (OSError, ValueError):
+            near = did_you_mean(given.name, [p.name for p in given.parent.iterdir() if p.is_dir()])
+            raise CompositionError(
+                f"{what} model: no folder {name}, and {given.parent} is a folder here, so it is "
+                f"taken for no name on the hub.{near} Give a folder written by save_pretrained; to "
+                f"have {name} from the hub, run `hf download {name}` first."
+            ) from None
     try:
         return load_from_anywhere(name, fetch)
     except (OSError, ValueError) as bad:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -124,6 +125,8 @@ def test_merged_adapter(adapters, tmp_path, capsys):
         (["--coeff", "1", "x"], "invalid float value"),
         (["--method", "liner"], "no composition method 'liner'. Did you mean 'linear'"),
         (["--architecture", "AutoModel"], "--architecture needs --base"),
+        (["--missing", "auto"], "--missing needs --base"),
+        (["--base", "./nothing", "--name", "x"], "--name is for a merged adapter"),
         (["--base", "./nothing"], "no folder ./nothing"),
         (["--option", "density"], "--option 'density' is no KEY=VALUE"),
         (["--option", "density=0.2"], "'linear' has no option 'density'; it has none"),
@@ -248,6 +251,77 @@ def test_another_base_is_refused(tiny, adapters, tmp_path, capsys):
     assert "made on another base (tiny)" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     assert main([*words, "--no-check-base"]) == OK
+
+
+def test_adapters_of_two_bases(tiny, adapters, tmp_path, capsys):
+    def head(name, base_name):
+        meta = AdapterMetadata(base_name=base_name)
+        Adapter({}, name=name, dense={f"{name}.bias": torch.zeros(3)}, metadata=meta).save(
+            tmp_path / name
+        )
+        return str(tmp_path / name)
+
+    words = ["compose", "--out", str(tmp_path / "both.safetensors"), "--adapter"]
+    words += [str(adapters / "sw"), head("other", "gpt2")]
+    assert main(words) == BAD_INPUT
+    assert "'other' was made on 'gpt2' and 'sw' on 'tiny'" in capsys.readouterr().err
+    assert not (tmp_path / "both.safetensors").exists()
+    assert main([*words, "--no-check-base"]) == OK
+    assert "other.bias" in Adapter.load(tmp_path / "both.safetensors").dense
+
+
+@pytest.mark.parametrize("out", ["sw", "sw/adapter.safetensors", "link", "./up/../sw"])
+@pytest.mark.parametrize("given", ["sw", "sw/adapter.safetensors"])
+def test_an_adapter_that_is_read_is_not_replaced(
+    adapters, tmp_path, capsys, monkeypatch, out, given
+):
+    shutil.copytree(adapters / "sw", tmp_path / "sw")
+    (tmp_path / "link").symlink_to(tmp_path / "sw")
+    (tmp_path / "up").mkdir()
+    monkeypatch.chdir(tmp_path)
+    before = (tmp_path / "sw" / "adapter.safetensors").read_bytes()
+    words = ["compose", "--adapter", given, str(adapters / "nli"), "--out", out, "--overwrite"]
+    assert main(words) == BAD_INPUT
+    assert f"{given}, which is read, is or holds that file" in capsys.readouterr().err
+    assert (tmp_path / "sw" / "adapter.safetensors").read_bytes() == before
+
+
+def test_terminated_in_the_middle(base, adapters, tmp_path, monkeypatch, capsys):
+    from sparseft.composition import stream
+
+    monkeypatch.setattr(stream, "compose_into_", lambda *a: os.kill(os.getpid(), signal.SIGTERM))
+    words = ["compose", "--base", str(base), "--adapter", str(adapters / "sw")]
+    assert main([*words, "--out", str(tmp_path / "out")]) == 143
+    assert "sparseft compose: terminated." in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_cannot_be_had_is_bad_input(base, adapters, tmp_path, monkeypatch, capsys):
+    """Base or adapter alike; and a slip in a path here asks no hub."""
+    import huggingface_hub
+
+    asked = []
+
+    def offline(*args, **options):
+        asked.append(args)
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", offline)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "tiny").mkdir(parents=True)
+    words = ["compose", "--out", "out", "--adapter"]
+    assert main([*words, "owner/no-such-adapter"]) == BAD_INPUT
+    assert main([*words, str(adapters / "sw"), "--base", "owner/no-such-base"]) == BAD_INPUT
+    assert len(asked) == 2
+    capsys.readouterr()
+    assert main([*words, str(adapters / "sw"), "--base", "models/tinny"]) == BAD_INPUT
+    said = capsys.readouterr().err
+    assert "base model: no folder models/tinny" in said
+    assert "Did you mean 'tiny'?" in said
+    assert main([*words, "models/tinny"]) == BAD_INPUT
+    assert len(asked) == 2
+    assert not (tmp_path / "out").exists()
 
 
 def test_inspect(adapters, capsys):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -106,6 +108,51 @@ class TestComposeAdapters:
             compose_adapters(a)
         with pytest.raises(UnknownNameError, match="no composition method 'tis'"):
             compose_adapters([a], method="tis")
+
+    def test_bases_of_other_names(self, make_model, make_adapter):
+        model = make_model()
+
+        def named(base_name, seed, names, of=model, **options):
+            adapter = make_adapter(of, seed, names=names, **options)
+            return Adapter(
+                dict(adapter),
+                name=adapter.name,
+                metadata=replace(adapter.metadata, base_name=base_name),
+            )
+
+        one, two, both = ("embed.weight",), ("body.0.weight",), ("embed.weight", "body.0.weight")
+        x, y = named("owner/net", 0, one), named("other", 1, two)
+        refused = "'owner/net' and 'a1' on 'other'.*--no-check-base"
+        with pytest.raises(BaseMismatchError, match=refused):
+            compose_adapters([x, y])
+        with pytest.raises(BaseMismatchError, match=refused):
+            compose_adapters([x, named("other", 1, one, fingerprint=False)])
+        merged = compose_adapters([x, y], check_base=False)
+        assert set(merged.metadata.fingerprint.tensors) == set(both)
+        assert merged.metadata.base_name is None
+        # One base under two names: by the last part, by a tensor, by a third that joins them.
+        for parts in (
+            [x, named("net/", 1, two)],
+            [x, named(None, 1, two)],
+            [x, named("other", 1, one)],
+            [x, y, named("third", 2, both)],
+            [named("third", 2, both), y, x],
+            [x, y, named(None, 2, both)],
+        ):
+            assert len(compose_adapters(parts)) <= 2
+        assert compose_adapters([x, y], [1, 0]).equals(compose_adapters([x]))
+
+    def test_bases_that_are_not_checked(self, make_model, make_adapter):
+        a = make_adapter(make_model(), 0, names=("embed.weight", "body.0.weight"))
+        other = make_model()
+        with torch.no_grad():
+            other.embed.weight += 1
+        b = make_adapter(other, 1, names=("embed.weight", "body.0.weight"))
+        with pytest.raises(BaseMismatchError, match="made on different bases"):
+            compose_adapters([a, b])
+        merged = compose_adapters([a, b], check_base=False)
+        assert set(merged) == {"embed.weight", "body.0.weight"}
+        assert set(merged.metadata.fingerprint.tensors) == {"body.0.weight"}
 
     def test_order_changes_no_bit(self, make_model, make_adapter):
         model = make_model()
