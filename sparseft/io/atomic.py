@@ -7,6 +7,8 @@ cut) leaves the old file as it was; a kill can leave a hidden ``.NAME.*.tmp``, w
 from __future__ import annotations
 
 import contextlib
+import errno
+import io
 import json
 import os
 import secrets
@@ -15,6 +17,25 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 __all__ = ["atomic_write", "atomic_write_json", "atomic_write_text"]
+
+# Errors that only writing has: in a block that also reads, they are the written file's.
+_OF_WRITING = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS}
+_BUFFER = 1 << 18  # bytes
+
+
+class _Raw(io.FileIO):
+    """A file that remembers why it could not be written: torch.save turns that into an error about
+    its own source code.
+    """
+
+    failed: OSError | None = None
+
+    def write(self, data: Any, /) -> int | None:
+        try:
+            return super().write(data)
+        except OSError as error:
+            self.failed = error
+            raise
 
 
 def _sync_folder(folder: Path) -> None:
@@ -44,7 +65,8 @@ def atomic_write(path: str | os.PathLike[str], *, overwrite: bool = True) -> Ite
 
     Raises:
         FileExistsError: ``path`` exists and ``overwrite`` is False.
-        OSError: writing failed (disk full, no permission); ``path`` is as it was.
+        OSError: writing failed (disk full, no permission); says ``path``, which is as it was, and
+            folders that were made for it are gone.
 
     Example:
         >>> with atomic_write("state.bin") as file:  # doctest: +SKIP
@@ -55,26 +77,60 @@ def atomic_write(path: str | os.PathLike[str], *, overwrite: bool = True) -> Ite
         raise FileExistsError(f"{path} exists already; pass overwrite=True or another path.")
     if target.is_dir():
         raise IsADirectoryError(f"{path} is a folder, wanted a file name inside it.")
-    target.parent.mkdir(parents=True, exist_ok=True)
     # Cut, so that a long name does not pass the usual 255-byte limit with the suffix added.
     stem = os.fsencode(target.name)[:200].decode(errors="ignore")
     temporary = target.with_name(f".{stem}.{secrets.token_hex(6)}.tmp")
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
-    # os.open applies the umask, which tempfile.mkstemp (always 0600) would not.
-    handle = os.open(temporary, flags, 0o666)
+    made: list[Path] = []
+    raw, inside = None, False
     try:
-        with os.fdopen(handle, "w+b") as file:
+        _make_folder(target.parent, made)
+        # os.open applies the umask, which tempfile.mkstemp (always 0600) would not.
+        raw = _Raw(os.open(temporary, flags, 0o666), "r+b")
+        with io.BufferedRandom(raw, _BUFFER) as file:
+            inside = True
             yield file
+            inside = False
             file.flush()
             os.fsync(file.fileno())
         if target.exists():
             os.chmod(temporary, target.stat().st_mode & 0o7777)
         os.replace(temporary, target)
-    except BaseException:  # KeyboardInterrupt too: leave no debris, then go on raising
+    except BaseException as error:  # KeyboardInterrupt too: leave no debris, then go on raising
         with contextlib.suppress(OSError):
             temporary.unlink()
+        with contextlib.suppress(OSError):  # somebody else's file is in it
+            for folder in reversed(made):
+                folder.rmdir()
+        failed = raw.failed if raw is not None else None
+        if isinstance(error, Exception) and failed is not None and not isinstance(error, OSError):
+            raise _named(failed, path, temporary) from error
+        if isinstance(error, OSError) and (not inside or error.errno in _OF_WRITING):
+            _named(error, path, temporary)
         raise
     _sync_folder(target.parent)
+
+
+def _make_folder(folder: Path, made: list[Path]) -> None:
+    """Make a folder and those above it; ``made`` gets the ones that were not there, outermost
+    first.
+    """
+    missing = []
+    while not folder.exists():
+        missing.append(folder)
+        folder = folder.parent
+    for each in reversed(missing):
+        with contextlib.suppress(FileExistsError):  # by another process, meanwhile
+            each.mkdir()
+            made.append(each)
+
+
+def _named(error: OSError, path: str | os.PathLike[str], temporary: Path) -> OSError:
+    """Give an error of the system the name of the file, where it has none or the temporary one."""
+    own = error.filename is None or os.fspath(error.filename) == os.fspath(temporary)
+    if error.errno is not None and own:
+        error.filename, error.filename2 = os.fspath(path), None
+    return error
 
 
 def atomic_write_text(path: str | os.PathLike[str], text: str, *, overwrite: bool = True) -> None:

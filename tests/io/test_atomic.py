@@ -75,6 +75,7 @@ def test_a_failing_write_leaves_the_old_adapter(tmp_path: Path, file_size_limit:
     with pytest.raises(OSError) as caught:  # noqa: PT011  (the number is checked below)
         large.save(tmp_path)
     assert caught.value.errno == errno.EFBIG
+    assert caught.value.filename == str(file)
     assert only(file, before)
     assert Adapter.load(tmp_path).equals(small)
 
@@ -89,6 +90,75 @@ def test_disk_full_at_any_call(old: Path, monkeypatch: pytest.MonkeyPatch, call:
         with pytest.raises(OSError, match="No space left"):
             atomic_write_text(old, "new")
     assert only(old, b"old")
+
+
+@posix
+def test_a_failing_torch_save_is_an_error_of_the_disk(old: Path, file_size_limit: int):
+    """Torch's writer turns it into a RuntimeError about a line of its own source."""
+    with pytest.raises(OSError, match="too large") as caught, atomic_write(old) as file:  # noqa: PT012
+        torch.save({"w": torch.ones(file_size_limit)}, file)
+        file.write(b"never reached")
+    assert caught.value.errno == errno.EFBIG
+    assert caught.value.filename == str(old)
+    assert only(old, b"old")
+
+
+def test_errors_of_the_system_name_the_file_that_was_asked_for(
+    tmp_path: Path, old: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def fails(number: int, name: str | None = None) -> OSError:
+        with pytest.raises(OSError) as caught, atomic_write(old):  # noqa: PT011
+            raise OSError(number, os.strerror(number), name)
+        return caught.value
+
+    assert fails(errno.ENOSPC).filename == str(old)
+    # Reading what is to be written failed: not this file's fault, and not said to be.
+    assert fails(errno.EIO).filename is None
+    assert fails(errno.ENOENT, "other").filename == "other"
+    if os.name == "posix" and os.geteuid():
+        tmp_path.chmod(0o500)
+        with pytest.raises(PermissionError) as caught:
+            atomic_write_text(tmp_path / "new", "x")
+        tmp_path.chmod(0o700)
+        assert caught.value.filename == str(tmp_path / "new")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", lambda temporary, *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            atomic_write_text(old, "x")
+
+    def full(temporary: Path, *_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(temporary))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        with pytest.raises(OSError, match="No space") as caught:
+            atomic_write_text(old, "x")
+    assert caught.value.filename == str(old), "not the hidden temporary one"
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace", "open"])
+def test_folders_made_for_a_file_that_failed_are_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+):
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    (tmp_path / "there").mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, full)
+        for path in (tmp_path / "a" / "b" / "c", tmp_path / "there" / "a" / "c"):
+            with pytest.raises(OSError, match="No space"):
+                atomic_write_text(path, "x")
+    assert [p.name for p in tmp_path.rglob("*")] == ["there"]
+
+
+def test_a_folder_that_somebody_else_uses_meanwhile_stays(tmp_path: Path):
+    path = tmp_path / "a" / "b" / "c"
+    with pytest.raises(RuntimeError), atomic_write(path):  # noqa: PT012
+        atomic_write_text(path.with_name("other"), "x")
+        raise RuntimeError
+    assert path.with_name("other").read_text() == "x"
+    assert [p.name for p in path.parent.iterdir()] == ["other"]
 
 
 @posix
