@@ -30,7 +30,7 @@ class _Raw(io.FileIO):
 
     failed: OSError | None = None
 
-    def write(self, data: Any, /) -> int | None:
+    def write(self, data: Any, /) -> int:
         try:
             return super().write(data)
         except OSError as error:
@@ -105,7 +105,9 @@ def atomic_write(path: str | os.PathLike[str], *, overwrite: bool = True) -> Ite
         failed = raw.failed if raw is not None else None
         if isinstance(error, Exception) and failed is not None and not isinstance(error, OSError):
             raise _named(failed, path, temporary) from error
-        if isinstance(error, OSError) and (not inside or error.errno in _OF_WRITING):
+        if isinstance(error, OSError) and (
+            not inside or error is failed or error.errno in _OF_WRITING
+        ):
             _named(error, path, temporary)
         raise
     _sync_folder(target.parent)
