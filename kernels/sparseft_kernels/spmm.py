@@ -199,9 +199,17 @@ def _table(segments: Sequence[Segment], device: torch.device) -> Tensor:
     table = _tables.get(key)
     if table is None:
         table = _tables[key] = torch.tensor(rows, dtype=torch.int64).to(device)
-        while len(_tables) > _TABLES:
-            _tables.popitem(last=False)
+        if len(_tables) > _TABLES:
+            _drop_half()
     return table
+
+
+def _drop_half() -> None:
+    """Forget the older half of the tables, once no launch on any stream reads them."""
+    dropped = [_tables.popitem(last=False) for _ in range(_TABLES // 2)]
+    for device in {key[0] for key, _ in dropped}:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
 
 
 def _config(tokens: int) -> tuple[SpmmConfig, bool]:

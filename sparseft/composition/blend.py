@@ -16,14 +16,15 @@ from sparseft.composition.plan import plan_tensor, prepared
 from sparseft.composition.registry import Recipe, Rule
 from sparseft.errors import BaseMismatchError, CompositionError
 from sparseft.modules import ParameterIndex
+from sparseft.modules.deltas import Delta, spread
 from sparseft.modules.separate import (
-    Delta,
     SeparateIndex,
     is_opaque,
     shape_of,
     why_not_separate,
 )
 from sparseft.ops import gather_entries
+from sparseft.ops._streams import settle
 from sparseft.ops.apply_diff import sum_entries
 
 __all__ = ["Blender"]
@@ -153,6 +154,8 @@ class Blender:
             blend[name] = delta
         for name, parts in whole.items():
             blend[name] = self._replaced(name, parts)
+        for device in {delta.indices.device for delta in blend.values()}:
+            settle(device)
         if all(isinstance(d.values, Tensor) for d in blend.values()):
             self._blends[key] = blend
             while len(self._blends) > self._cache:
@@ -206,7 +209,10 @@ class Blender:
                 f"{dict(zip(names, ordered, strict=True))}; nothing was applied. Use smaller ones."
             )
         shape = tuple(diffs[0].shape)
-        return Delta(plan.indices, values, shape, parameter.dtype, base if replacing else None)
+        dense = spread(plan.indices, values, shape) if len(shape) == 1 else None
+        return Delta(
+            plan.indices, values, shape, parameter.dtype, base if replacing else None, spread=dense
+        )
 
     def _learning(
         self, name: str, diffs: Sequence[Any], coeffs: Sequence[float], recipe: Recipe

@@ -20,7 +20,8 @@ from sparseft.composition.coefficients import Coeffs, Which, as_coeffs
 from sparseft.composition.fit import Dense, Loaded, Missing
 from sparseft.composition.registry import recipe_of
 from sparseft.errors import CompositionError
-from sparseft.modules.separate import Applied, Site
+from sparseft.modules.deltas import Applied
+from sparseft.modules.separate import Site
 
 __all__ = ["SeparateComposer"]
 

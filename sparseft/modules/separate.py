@@ -8,23 +8,22 @@ so quantised and shared weights will do, and taking the hook off leaves the stoc
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparseft.errors import CompositionError
+from sparseft.modules.deltas import Applied, Group
 from sparseft.modules.fused import FusedEmbedding, FusedLinear
 from sparseft.modules.names import ParameterIndex, canonical_name
 from sparseft.ops import RowGroups
 from sparseft.ops.spmm import segment_spmm
 from sparseft.ops.spmm_embedding import embedding_diff_at
 
-__all__ = ["Applied", "Delta", "SeparateIndex", "Site", "is_opaque", "shape_of", "why_not_separate"]
+__all__ = ["SeparateIndex", "Site", "is_opaque", "shape_of", "why_not_separate"]
 
 
 def is_opaque(weight: Tensor) -> bool:
@@ -115,149 +114,6 @@ def why_not_separate(module: nn.Module, attr: str) -> str | None:
     )
 
 
-def _ordinary() -> torch.inference_mode:
-    """Tensors made here are kept, and may be saved for backward by a later call."""
-    return torch.inference_mode(False)
-
-
-@dataclass(frozen=True, eq=False)
-class Delta:
-    """What one composition does to one parameter.
-
-    Args:
-        indices: (nnz,) flat positions, ascending.
-        values: (nnz,) fp32 or fp64, added there; or a function that computes them anew, where they
-            are being trained.
-        shape: of the parameter.
-        dtype: of the parameter.
-        base: (nnz,) what the parameter held there, where ``values`` were made from that.
-        replaced: the whole new tensor instead, with no ``indices`` and ``values``.
-    """
-
-    indices: Tensor
-    values: Tensor | Callable[[], Tensor]
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    base: Tensor | None = None
-    replaced: Tensor | None = None
-
-    def now(self) -> Tensor:
-        """Return the values."""
-        return self.values if isinstance(self.values, Tensor) else self.values()
-
-    def vector(self, base: Tensor) -> Tensor:
-        """Return all of a one-dimensional parameter's change, dense, in fp32 or fp64."""
-        if self.replaced is not None:
-            wide = torch.promote_types(base.dtype, torch.float32)
-            return self.replaced.to(base.device, wide) - base.detach().to(wide)
-        return self._spread if isinstance(self.values, Tensor) else self._spread_out()
-
-    def _spread_out(self) -> Tensor:
-        values = self.now()
-        return values.new_zeros(self.shape).index_put((self.indices.long(),), values)
-
-    # One address for good: the kernels' tables are kept by address.
-    @cached_property
-    def _spread(self) -> Tensor:
-        with _ordinary():
-            return self._spread_out()
-
-
-Blend = Mapping[str, Delta]  # one composition: canonical parameter name -> its delta
-
-
-class _Group(NamedTuple):
-    weight: Delta | None
-    bias: Delta | None
-    rows: tuple[int, ...]  # of the batch; () where the whole batch is one group
-
-
-class Applied:
-    """The compositions in force: one for the whole batch, or one per row.
-
-    Args:
-        blends: the distinct compositions.
-        row_of: for each row of the batch, which; None: the first for all, however many there are.
-    """
-
-    def __init__(self, blends: Sequence[Blend], row_of: Sequence[int] | None = None) -> None:
-        self.blends = list(blends)
-        self.row_of = None if row_of is None else tuple(row_of)
-        self.names = sorted({name for blend in blends for name in blend})
-        self._groups: dict[Site, list[_Group]] = {}
-        self._orders: dict[tuple[Any, ...], tuple[RowGroups, list[Tensor]]] = {}
-        self._places: dict[tuple[Any, ...], Tensor] = {}
-        self._empty: dict[torch.device, tuple[Tensor, Tensor]] = {}
-
-    @property
-    def batch(self) -> int | None:
-        """Rows of the batch; None where any number will do."""
-        return None if self.row_of is None else len(self.row_of)
-
-    def groups(self, site: Site) -> list[_Group]:
-        """Return the rows of a site by what they change there; rows that change nothing left out.
-
-        One group with no rows listed is all of the batch.
-        """
-        found = self._groups.get(site)
-        if found is None:
-            found = self._groups[site] = self._group(site)
-        return found
-
-    def _group(self, site: Site) -> list[_Group]:
-        def of(blend: Blend, name: str | None) -> Delta | None:
-            return None if name is None else blend.get(name)
-
-        pairs = [(of(blend, site.weight), of(blend, site.bias)) for blend in self.blends]
-        row_of = (0,) if self.row_of is None else self.row_of
-        rows: dict[tuple[int, int], list[int]] = {}
-        kept = {}
-        for row, at in enumerate(row_of):
-            key = id(pairs[at][0]), id(pairs[at][1])
-            rows.setdefault(key, []).append(row)
-            kept[key] = pairs[at]
-        made = [
-            _Group(weight, bias, tuple(rows[key]))
-            for key, (weight, bias) in kept.items()
-            if weight is not None or bias is not None
-        ]
-        if len(made) == 1 and len(made[0].rows) == len(row_of):
-            return [made[0]._replace(rows=())]
-        return made
-
-    def order(
-        self, rows: tuple[tuple[int, ...], ...], device: torch.device
-    ) -> tuple[RowGroups, list[Tensor]]:
-        """Return groups of rows as the ops take them, and each group's rows, on a device."""
-        key = (rows, device)
-        if key not in self._orders:
-            with _ordinary():
-                made = RowGroups.of(rows, self.batch or 0, device)
-                each = [torch.tensor(r, dtype=torch.long).to(device) for r in rows]
-            self._orders[key] = made, each
-        return self._orders[key]
-
-    def group_of(self, rows: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
-        """Return (batch,) the group of each row; the number of groups for rows of none."""
-        key = (rows, device)
-        if key not in self._places:
-            at = [len(rows)] * (self.batch or 0)
-            for place, group in enumerate(rows):
-                for row in group:
-                    at[row] = place
-            with _ordinary():
-                self._places[key] = torch.tensor(at).to(device)
-        return self._places[key]
-
-    def nothing(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return indices and values of a diff without entries, always the same tensors."""
-        if device not in self._empty:
-            with _ordinary():
-                none = torch.empty(0, device=device)
-                self._empty[device] = none.int(), none
-        return self._empty[device]
-
-
 class Site:
     """A module whose output gets diffs added, and the names of its parameters.
 
@@ -293,6 +149,10 @@ class Site:
         groups = applied.groups(self)
         if not groups:
             return y
+        for group in groups:
+            for delta in (group.weight, group.bias):
+                if delta is not None:
+                    delta.read()
         whole = not groups[0].rows
         if self.kind == "embedding":
             return self._add_embedding(applied, groups, whole, x, y)
@@ -323,7 +183,7 @@ class Site:
     def _add_linear(
         self,
         applied: Applied,
-        groups: list[_Group],
+        groups: list[Group],
         whole: bool,
         x: Tensor,
         y: Tensor,
@@ -349,7 +209,7 @@ class Site:
         return y3.view(y.shape)
 
     def _add_sparse(
-        self, applied: Applied, groups: list[_Group], whole: bool, x3: Tensor, y3: Tensor
+        self, applied: Applied, groups: list[Group], whole: bool, x3: Tensor, y3: Tensor
     ) -> Tensor:
         transposed = self.kind == "conv1d"
         inner, outer = x3.shape[-1], y3.shape[-1]
@@ -362,8 +222,7 @@ class Site:
         biases: list[Tensor] = []
         if any(g.bias is not None for g in groups):
             base = self.module.bias
-            zeros = torch.zeros(outer, device=x3.device)
-            biases = [zeros if g.bias is None else g.bias.vector(base) for g in groups]  # type: ignore[arg-type]
+            biases = [none if g.bias is None else g.bias.vector(base) for g in groups]  # type: ignore[arg-type]
         if whole:
             made = RowGroups.whole(1)
         else:
@@ -372,7 +231,7 @@ class Site:
             x3, y3, values, indices, biases, made.order, list(made.ends), rows, cols, transposed, ""
         )
 
-    def _replace(self, group: _Group, rows: Tensor | None, x3: Tensor, y3: Tensor) -> Tensor:
+    def _replace(self, group: Group, rows: Tensor | None, x3: Tensor, y3: Tensor) -> Tensor:
         """Compute the rows of a group with its own whole weight."""
         if group.weight is None or group.weight.replaced is None:
             return y3
@@ -388,7 +247,7 @@ class Site:
         return part if rows is None else y3.index_copy(0, rows, part.to(y3.dtype))
 
     def _add_embedding(
-        self, applied: Applied, groups: list[_Group], whole: bool, ids: Tensor, y: Tensor
+        self, applied: Applied, groups: list[Group], whole: bool, ids: Tensor, y: Tensor
     ) -> Tensor:
         module: Any = self.module
         dim, batch = y.shape[-1], applied.batch
@@ -435,7 +294,7 @@ class Site:
     def _add_layer_norm(
         self,
         applied: Applied,
-        groups: list[_Group],
+        groups: list[Group],
         whole: bool,
         x: Tensor,
         y: Tensor,

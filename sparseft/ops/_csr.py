@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from sparseft.ops._streams import Readers, settle
+
 __all__ = ["Csr", "csr_of"]
 
 # A row of so many times the mean length (and at least so many entries) is a long one: the kernels
@@ -59,8 +61,10 @@ def csr_of(indices: Tensor, rows: int, cols: int, *, transposed: bool) -> Csr:
         known = _known[indices] = (key, {})
     made = known[1]
     if transposed not in made:
-        made[transposed] = _build(indices, rows, cols, transposed)
-    return made[transposed]
+        made[transposed] = _build(indices, rows, cols, transposed), Readers()
+    csr, readers = made[transposed]
+    readers.note(indices.device, csr.offsets, csr.inputs, csr.order, csr.long_rows)
+    return csr
 
 
 def _build(indices: Tensor, rows: int, cols: int, transposed: bool) -> Csr:
@@ -83,4 +87,5 @@ def _build(indices: Tensor, rows: int, cols: int, transposed: bool) -> Csr:
     lengths = offsets.diff()
     limit = max(_LONG_AT_LEAST, _LONG * -(-nnz // max(lengths.numel(), 1)))
     long_rows = (lengths > limit).nonzero().view(-1).to(torch.int32)
+    settle(device)
     return Csr(offsets, index, order, long_rows, limit)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "RowGroups",
+    "bias_of",
     "call_op",
     "checked",
     "flattened",
@@ -153,13 +154,19 @@ def segments_of(
     for g, (start, end) in enumerate(spans(ends)):
         csr = csr_of(indices[g], rows, cols, transposed=transposed)
         held = csr.arranged(values[g].detach().float()).contiguous()
-        bias = biases[g].detach().float().contiguous() if biases else None
+        bias = bias_of(biases, g)
+        bias = None if bias is None else bias.float().contiguous()
         made.append(
             Segment(
                 csr.offsets, csr.inputs, held, bias, csr.long_rows, csr.limit, start, end - start
             )
         )
     return made
+
+
+def bias_of(biases: Sequence[Tensor], group: int) -> Tensor | None:
+    """Return a group's bias; None where there are none, or an empty one stands in its place."""
+    return biases[group].detach() if biases and biases[group].numel() else None
 
 
 def flattened(x: Tensor) -> Tensor:

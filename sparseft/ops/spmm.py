@@ -19,6 +19,7 @@ from sparseft.ops._common import accumulation_dtype, operator
 from sparseft.ops._csr import csr_of
 from sparseft.ops._row_groups import (
     RowGroups,
+    bias_of,
     call_op,
     checked,
     flattened,
@@ -51,7 +52,8 @@ def spmm_reference(
     """``add_to[r] + x[r] @ S_g.T + bias_g`` for the rows r of group g, with S_g dense.
 
     Group g has the rows ``order[ends[g - 1]:ends[g]]`` of dim 0, or that very slice without
-    ``order``. ``transposed``: ``x[r] @ S_g``. Rows of no group get ``add_to``, or zeros.
+    ``order``. ``transposed``: ``x[r] @ S_g``. Rows of no group get ``add_to``, or zeros. An empty
+    bias stands for none.
     """
     wide = wide_of(x, add_to, values)
     width = cols if transposed else rows
@@ -62,7 +64,7 @@ def spmm_reference(
         dense = torch.zeros(rows * cols, dtype=wide, device=x.device)
         dense = dense.index_put((indices[g].long(),), values[g].to(wide)).view(rows, cols)
         product = x[mine].to(wide) @ (dense if transposed else dense.t())
-        if biases:
+        if biases and biases[g].numel():
             product = product + biases[g].to(wide)
         added = torch.zeros_like(out)
         added[mine] = product
@@ -111,7 +113,7 @@ def _segment_spmm(x, add_to, values, indices, biases, order, ends, rows, cols, t
     for g, (start, end) in enumerate(spans(ends)):
         csr = csr_of(indices[g], rows, cols, transposed=transposed)
         held = csr.arranged(values[g].detach().to(wide))
-        bias = biases[g].detach() if biases else None
+        bias = bias_of(biases, g)
         if order is None:
             y, target = None if y3 is None else y3[start:end], out[start:end]
             taken = x3[start:end]
@@ -162,7 +164,7 @@ def _spmm_backward(ctx, grad):
                 rows_of_group(grad, order, start, end), rows_of_group(x, order, start, end),
                 indices[g], transposed, backend,
             ).to(values[g].dtype)  # fmt: skip
-        if n_bias and needs_biases[g]:
+        if n_bias and needs_biases[g] and biases[g].numel():
             mine = rows_of_group(grad, order, start, end).flatten(0, -2)
             dbiases[g] = mine.to(accumulation_dtype(grad.dtype)).sum(0).to(biases[g].dtype)
     return dx, dy, dvalues, [None] * n, dbiases, *[None] * 6

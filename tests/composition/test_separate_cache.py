@@ -8,6 +8,9 @@ from torch import nn
 
 from sparseft import Adapter, SeparateComposer, SparseDiff
 from sparseft.errors import CompositionError
+from sparseft.modules import separate as modules_separate
+from sparseft.ops import _streams
+from sparseft.ops._csr import csr_of
 
 
 def linear(dtype: torch.dtype = torch.float32) -> nn.Linear:
@@ -117,3 +120,63 @@ def test_entries_that_overflow_are_refused_by_name(mode):
     with SeparateComposer(linear(torch.float16), {"a": Adapter({"weight": diff})}) as handle:
         with pytest.raises(CompositionError, match=r"'weight' overflows torch.float16"):
             handle.switch("a")
+
+
+# Threads with streams of their own: what one of them made is not freed while another reads it.
+
+
+def test_readers_on_every_stream_are_told_to_the_allocator_once(monkeypatch):
+    model, x = nn.Sequential(linear(), nn.LayerNorm(3)), torch.randn(2, 4)
+    diff = lambda *shape: SparseDiff.from_dense(torch.ones(shape))  # noqa: E731
+    adapter = Adapter({"0.weight": diff(3, 4), "0.bias": diff(3), "1.weight": diff(3)})
+    stream, told = [7], []
+    monkeypatch.setattr(_streams, "stream_of", lambda device: stream[0])
+    monkeypatch.setattr(_streams, "_record", lambda tensor: told.append(tensor))
+    with SeparateComposer(model, {"a": adapter}) as handle, handle.rows([None, "a"]):
+        applied = handle._open[0]
+        seen = []
+        for stream[0] in (7, 7, 8, 8):
+            told.clear()
+            model(x)
+            seen.append({id(t) for t in told})
+        blend = applied.blends[1]
+        weight, bias = blend["0.weight"], blend["0.bias"]
+        csr = csr_of(weight.indices, 3, 4, transposed=False)
+        order = [t for made, each, _ in applied._orders.values() for t in (made.order, *each)]
+    read = [weight.indices, weight.values, bias.spread, csr.offsets, csr.inputs, *order]
+    assert seen[1] == seen[3] == set()
+    assert seen[0] == seen[2]
+    assert {id(t) for t in read} <= seen[0]
+
+
+def test_dense_changes_are_made_with_the_composition_not_in_the_first_forward():
+    model = linear()
+    adapter = Adapter({"bias": SparseDiff.from_dense(torch.tensor([0.0, 2.0, 0.0]))})
+    with SeparateComposer(model, {"a": adapter}) as handle, handle.using("a"):
+        delta = handle._open[0].blends[0]["bias"]
+        assert torch.equal(delta.spread, torch.tensor([0.0, 2.0, 0.0]))
+        assert delta.vector(model.bias) is delta.spread
+
+
+def test_operands_have_the_same_addresses_in_every_forward(monkeypatch):
+    """The kernels' tables are kept by address; a row without a bias diff needs none."""
+    model, x, calls = linear(), torch.randn(3, 4), []
+    full = {"weight": SparseDiff.from_dense(torch.ones(3, 4))}
+    both = {**full, "bias": SparseDiff.from_dense(torch.ones(3))}
+    original = modules_separate.segment_spmm
+
+    def spy(*args):
+        calls.append([t for a in args[2:5] for t in a])
+        return original(*args)
+
+    monkeypatch.setattr(modules_separate, "segment_spmm", spy)
+    adapters = {"w": Adapter(full), "b": Adapter(both)}
+    with SeparateComposer(model, adapters) as handle, handle.rows(["w", "b", None]):
+        got = model(x)
+        model(x)
+        with handle.using("b"):
+            assert torch.equal(model(x)[1], got[1])
+        with handle.using("w"):
+            assert torch.equal(model(x)[0], got[0])
+    first, again, *_ = calls
+    assert all(a is b for a, b in zip(first, again, strict=True))

@@ -123,7 +123,7 @@ GROUPS = [
 @pytest.mark.parametrize("groups", GROUPS, ids=str)
 def test_rows_have_their_own_diffs(groups, length, device):
     diffs = [make_diff(33, 80, "skewed", device), make_diff(33, 80, 0.1, device)]
-    biases = [torch.randn(33, device=device) for _ in diffs]
+    biases = [torch.randn(33, device=device), torch.empty(0, device=device)]
     x = torch.randn(6, length, 80, device=device)
     y = torch.randn(6, length, 33, device=device)
     rows = RowGroups.of(groups, 6, device)
@@ -132,6 +132,20 @@ def test_rows_have_their_own_diffs(groups, length, device):
     for row in set(range(6)) - {r for g in groups for r in g}:
         assert torch.equal(got[row], y[row])
         assert not alone[row].any()
+
+
+@pytest.mark.parametrize("device", LANES)
+def test_tables_are_kept_by_address_and_the_older_half_is_dropped(device, monkeypatch):
+    kernels = pytest.importorskip("sparseft_kernels.spmm")
+    monkeypatch.setattr(kernels, "_tables", type(kernels._tables)())
+    monkeypatch.setattr(kernels, "_TABLES", 4)
+    diff, made = make_diff(5, 4, 1.0, device), []
+    for tokens in (1, 2, 3, 4, 5):  # another number of rows, another table
+        x = torch.randn(tokens, 4, device=device)
+        for _ in range(2):
+            made.append(ops.spmm(x, diff, backend="triton"))
+            torch.testing.assert_close(made[-1], x @ diff.to_dense().T)
+    assert [key[1][0][6] for key in kernels._tables] == [3, 4, 5]
 
 
 @pytest.mark.parametrize("device", LANES)

@@ -195,6 +195,22 @@ def test_gradients_of_values_come_from_the_groups_rows_only():
         assert torch.equal(value.grad, expected)
 
 
+def test_an_empty_bias_stands_for_none():
+    diffs = [make_diff(5, 4, 0.5), make_diff(5, 4, 0.5)]
+    groups, x = RowGroups.of([[2], [0]], 3), torch.randn(3, 4)
+    bias = torch.randn(5, requires_grad=True)
+    values, indices = [d.values for d in diffs], [d.indices for d in diffs]
+    rest = (groups.order, list(groups.ends), 5, 4, False)
+    for backend in ("reference", "auto"):
+        bias.grad = None
+        got = segment_spmm(x, None, values, indices, [bias, torch.empty(0)], *rest, backend)
+        got.sum().backward()
+        plain = ops.spmm(x, diffs, rows=groups)
+        torch.testing.assert_close(got[2], plain[2] + bias)
+        assert torch.equal(got[:2], plain[:2])
+        assert torch.equal(bias.grad, torch.ones(5))
+
+
 def test_mixed_dtypes_in_backward():
     """Autocast: bf16 gradients of a bf16 output, fp32 values."""
     diff = make_diff(9, 5, 0.5)
