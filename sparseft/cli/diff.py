@@ -19,7 +19,9 @@ examples:
   sparseft diff xlm-roberta-base my-tuned/ --density 0.05 --out swahili/
       the 5 % of all weights that moved most, over all tensors
   sparseft diff base/ tuned/ --all --mode set --out change/
-      every entry that differs in any bit; composed onto the base it gives back tuned/, bit for bit:
+      every entry that differs in any bit; composed onto the base it gives back the weights of
+      tuned/, bit for bit, if both have the same tensors in the same dtypes (else a warning says
+      what is not given back):
       sparseft compose --base base/ --adapter change/ --out tuned-again/
   sparseft diff base/ tuned/ --nnz 1000000 --exclude '*.embeddings.*' --out change.safetensors
       exactly a million entries, embeddings left out
@@ -79,11 +81,14 @@ def run(args: argparse.Namespace) -> int:
     """Extract, save, and say what was found."""
     from sparseft._text import human_bytes
     from sparseft.cli._output import quiet_transformers
+    from sparseft.cli._paths import not_an_input
     from sparseft.composition import extract_adapter
     from sparseft.errors import CompositionError
     from sparseft.io import adapter_file
 
     target = adapter_file(args.out)
+    if target.name != adapter_file("").name:  # which may lie in a model's folder
+        not_an_input(target, [args.base, args.tuned])
     if target.exists() and not args.overwrite:
         raise CompositionError(f"{target} exists already; add --overwrite, or give another --out.")
     quiet_transformers()
@@ -102,5 +107,10 @@ def run(args: argparse.Namespace) -> int:
     size = human_bytes(path.stat().st_size)
     print(f"{path}: {adapter.nnz:,} entries in {len(adapter)} tensors{whole}, {size}")
     if not adapter.nnz and not adapter.dense:
-        print("The two checkpoints hold the same weights.")
+        if args.all:
+            print(
+                f"The two checkpoints hold the same weights{' in all else' * bool(args.exclude)}."
+            )
+        else:
+            print("--nnz 0 asks for no entry, so there is none in it.")
     return 0

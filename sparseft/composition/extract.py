@@ -14,7 +14,7 @@ from torch import Tensor
 from sparseft._integrity import chunk_of, find_value_fault
 from sparseft.adapter import Adapter, AdapterMetadata
 from sparseft.composition.fit import check_choice
-from sparseft.composition.pairs import Pair, Side, open_side, pair_up
+from sparseft.composition.pairs import Pair, Side, find_gaps, open_side, pair_up
 from sparseft.diff import Mode, SparseDiff, SparsePattern, index_dtype_for
 from sparseft.errors import CompositionError
 from sparseft.fingerprint import Fingerprint, TensorFingerprint, fingerprint_tensor
@@ -30,6 +30,15 @@ __all__ = ["New", "extract_adapter"]
 logger = logging.getLogger(__name__)
 
 New = Literal["dense", "error", "skip"]
+
+_GAPS = {
+    "stay": "the tuned checkpoint lacks %d tensors of the base (%s): an adapter takes nothing "
+    "away, so base + diff has them still",
+    "lost": "the base lacks %d tensors of the tuned checkpoint that are no floating parameters "
+    "(%s): an adapter cannot hold them, so base + diff lacks them too",
+    "other_dtype": "%d tensors of the tuned checkpoint have another dtype than the base (%s): base "
+    "+ diff has them in the base's, so not bit for bit",
+}
 
 
 def extract_adapter(
@@ -47,7 +56,8 @@ def extract_adapter(
 
     Both are streamed: two tensors are in memory at a time, beside the result. Without ``nnz`` and
     ``density`` every entry that differs in any bit is taken; composed onto the base, "set" entries
-    then give the tuned weights bit for bit.
+    then give the tuned weights bit for bit, if both checkpoints have the same tensors in the same
+    dtypes, heads aside. What is not so is logged, and in the metadata as ``gaps``.
 
     Args:
         base, tuned: folders as save_pretrained writes them, names on the hub, or single files (of
@@ -88,8 +98,8 @@ def extract_adapter(
     if new == "error" and only_new:
         raise CompositionError(
             f"only {after.files.path} has {', '.join(only_new[:3])}"
-            f"{', ...' if len(only_new) > 3 else ''}; new='dense' takes such tensors whole, "
-            "new='skip' leaves them out."
+            f"{', ...' if len(only_new) > 3 else ''}; --new dense (new='dense') takes such "
+            "tensors whole, --new skip (new='skip') leaves them out."
         )
     if mode == "set":
         for pair in pairs:
@@ -113,6 +123,15 @@ def extract_adapter(
         "architecture": after.architecture,
         "left_out": sorted([*left_out, *(only_new if new == "skip" else ())]),
     }
+    gaps = find_gaps(before, after, pairs, heads, left_out) if everything else {}
+    if mode == "add":  # holds differences, which have the dtype of what they are added to
+        gaps.pop("other_dtype", None)
+    if gaps:
+        noted["gaps"] = gaps
+        for what, names in gaps.items():
+            logger.warning(
+                _GAPS[what], len(names), ", ".join(names[:3]) + ", ..." * (len(names) > 3)
+            )
     if heads and after.id2label:
         noted["id2label"] = after.id2label
     metadata = AdapterMetadata(
@@ -209,7 +228,7 @@ def _diff(pair: Pair, indices: Tensor, theta1: Tensor, theta0: Tensor, mode: Mod
         raise CompositionError(
             f"{pair.name!r} is {float(old[at])} in the base and {float(new[at])} in the tuned "
             f"checkpoint at flat index {int(indices[at])}; a diff holds finite values. Did "
-            f"training diverge? exclude={pair.name!r} leaves the tensor out."
+            f"training diverge? --exclude (exclude={pair.name!r}) leaves the tensor out."
         )
     return SparseDiff(indices, values, theta1.shape, mode)
 
@@ -219,8 +238,8 @@ def _check_settable(pair: Pair) -> None:
         raise CompositionError(
             f"{pair.name!r} is {pair.tuned_dtype} in the tuned checkpoint but {pair.base_dtype} in "
             "the base, which cannot hold its values, so mode 'set' could not rebuild them. Load "
-            f"the base with dtype={pair.tuned_dtype}, save it and diff against that, or take mode "
-            "'add'."
+            f"the base with dtype={pair.tuned_dtype}, save it and diff against that, or take "
+            "--mode add (mode='add')."
         )
 
 
@@ -230,6 +249,6 @@ def _head(after: Side, name: str) -> Tensor:
     if fault is not None:
         raise CompositionError(
             f"{name!r}, which only the tuned checkpoint has, is {fault}; an adapter holds finite "
-            f"values. exclude={name!r} leaves it out."
+            f"values. --exclude (exclude={name!r}) leaves it out."
         )
     return tensor

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from sparseft.io.model_folder import find_model
 from sparseft.modules import ParameterIndex
 from sparseft.modules.prefixes import names_around
 
-__all__ = ["Pair", "Side", "open_side", "pair_up"]
+__all__ = ["Pair", "Side", "find_gaps", "open_side", "pair_up"]
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +79,13 @@ class Side:
         if self.target is not None:
             return self.target.live_dtype(info)
         return info.torch_dtype or torch.float32
+
+    def new_dtype(self) -> torch.dtype:
+        """Return the dtype of what is put beside the stored parameters, as a merge chooses it."""
+        if self.target is not None and self.target.dtype is not None:
+            return self.target.dtype
+        floating = (i for n in self.files.names if (i := self.files.info(n)).is_floating)
+        return next((info.torch_dtype for info in floating if info.torch_dtype), torch.float32)
 
     def find(self, name: str) -> str | None:
         """Return the canonical name of the parameter called ``name`` elsewhere, None if the files
@@ -192,12 +199,64 @@ def pair_up(base: Side, tuned: Side, left_out: Collection[str]) -> tuple[list[Pa
     return pairs, only_tuned
 
 
+def find_gaps(
+    base: Side,
+    tuned: Side,
+    pairs: Sequence[Pair],
+    heads: Collection[str],
+    left_out: Collection[str],
+) -> dict[str, list[str]]:
+    """Return why base + all differences, composed, would not be ``tuned``; empty if it would.
+
+    Args:
+        base, tuned: the checkpoints.
+        pairs: from `pair_up`.
+        heads: tensors that only ``tuned`` has and the diff holds whole.
+        left_out: names in ``tuned`` that are not looked at; no gaps, as somebody wants it so.
+
+    Returns:
+        ``stay``: tensors of the base that ``tuned`` lacks and that the result has nonetheless;
+        ``lost``: tensors of ``tuned`` that the result lacks; ``other_dtype``: those which the
+        result holds in the base's dtype, not in their own. Only what is not empty, by these names.
+    """
+    met = {pair.base for pair in pairs}
+    for name in left_out:
+        found = next((f for form in tuned.forms(name) if (f := base.find(form))), None)
+        met |= set(base.parameters[found]) if found is not None else {name}
+    stay = [name for name, homes in base.parameters.items() if met.isdisjoint(homes)]
+    stay += _without_namesakes(base.others, {*tuned.files.names, *left_out})
+    # A head of another class leaves only what has a place in that class.
+    other_class = heads and base.architecture and tuned.architecture != base.architecture
+    if other_class and tuned.target is not None:
+        nowhere = find_places(tuned.target.model, tuned.index, base.files.names).nowhere
+        stay = [n for n in stay if not {n, *base.parameters.get(n, ())} & set(nowhere)]
+    lost = _without_namesakes([n for n in tuned.others if n not in left_out], base.files.names)
+    recast = [p.name for p in pairs if tuned.files.info(p.tuned).torch_dtype != p.base_dtype]
+    new = base.new_dtype()
+    recast += [n for n in heads if tuned.files.info(tuned.parameters[n][0]).torch_dtype != new]
+    gaps = {"stay": stay, "lost": lost, "other_dtype": recast}
+    return {what: sorted(names) for what, names in gaps.items() if names}
+
+
+def _without_namesakes(names: Iterable[str], others: Collection[str]) -> list[str]:
+    """Return the names that are none of the others, with or without a prefix."""
+    whole = set(others)
+    tails = {tail for other in whole for tail in _tails(other)}
+    return [n for n in names if n not in tails and whole.isdisjoint(_tails(n))]
+
+
+def _tails(name: str) -> list[str]:
+    """Return a dotted name and what is left of it as its first parts are cut off, one by one."""
+    parts = name.split(".")
+    return [".".join(parts[i:]) for i in range(len(parts))]
+
+
 def _refuse_tie(one: str, other: str, tied: str, untied: str) -> None:
     raise CompositionError(
         f"{one!r} and {other!r} are one tied weight in the {tied} checkpoint but two in the "
         f"{untied} one, so no adapter of the base can hold the change. Untie both (load the "
-        f"{tied} with tie_word_embeddings=False, save it and diff that), or exclude one of the "
-        "two."
+        f"{tied} with tie_word_embeddings=False, save it and diff that), or leave one of the two "
+        "out: --exclude (exclude=[...])."
     )
 
 
@@ -212,7 +271,7 @@ def _other_shape(name: str, old: TensorInfo, new: TensorInfo) -> str:
             f"(model.resize_token_embeddings({new.shape[0]}), save_pretrained) and diff against "
             "that. "
         )
-    return f"{said}exclude={name!r} leaves the tensor out."
+    return f"{said}--exclude (exclude={name!r}) leaves the tensor out."
 
 
 def _check_others(base: Side, tuned: Side, left_out: Collection[str]) -> None:
@@ -225,5 +284,5 @@ def _check_others(base: Side, tuned: Side, left_out: Collection[str]) -> None:
                 f"{name!r} ({tuned.files.info(name).dtype}) differs between the checkpoints, and "
                 "is no floating parameter of the model as transformers builds it (a buffer, a "
                 f"quantised weight, a tensor that is fused with others): no diff can hold it. "
-                f"exclude={name!r} leaves it out."
+                f"--exclude (exclude={name!r}) leaves it out."
             )

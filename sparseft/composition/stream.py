@@ -98,8 +98,8 @@ class StreamedMerge:
                 if name in found and not bits_equal(tensor, found[name][1]):
                     raise CompositionError(
                         f"adapters {found[name][0]!r} and {loaded.name!r} both hold all of "
-                        f"{name!r}, with different values; give one of them coefficient 0, or pass "
-                        "dense='skip'."
+                        f"{name!r}, with different values; give one of them coefficient 0, or, "
+                        "in Python, pass dense='skip'."
                     )
                 found.setdefault(name, (loaded.name, tensor))
         return found
@@ -113,7 +113,7 @@ class StreamedMerge:
                     raise CompositionError(
                         f"adapter {self.dense[name][0]!r} holds all of {name!r} while "
                         f"{self.chosen[ordinal].name!r} has a diff of it; the two cannot be active "
-                        "together. Pass dense='skip' to leave the head out."
+                        "together. In Python, dense='skip' leaves the head out."
                     )
                 touched.setdefault(name, []).append((ordinal, own))
         return touched
@@ -143,7 +143,7 @@ class StreamedMerge:
                 f"{type(self.target.model).__name__} has parameters that neither "
                 f"{str(self.files.path)!r} nor an adapter holds ({', '.join(lost[:3])}"
                 f"{', ...' if len(lost) > 3 else ''}); they would be written with random values. "
-                "Pass another architecture, or an adapter with that head."
+                "Pass another --architecture (architecture=...), or an adapter with that head."
             )
 
     def _check_shapes(self) -> None:
@@ -199,8 +199,8 @@ class StreamedMerge:
                     raise BaseMismatchError(
                         f"adapter {loaded.name!r} was made on another base"
                         f"{f' ({base})' if base else ''}: {own!r} was {print_}, the checkpoint has "
-                        f"{prints[own]}. Take that base, or pass check_base=False if you know that "
-                        "the two belong together."
+                        f"{prints[own]}. Take that base, or pass --no-check-base "
+                        "(check_base=False) if you know that the two belong together."
                     )
                 if verdict == "cast":
                     casts.setdefault(loaded.name, []).append(own)

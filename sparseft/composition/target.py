@@ -154,7 +154,8 @@ def build_target(
     kind: Any = getattr(transformers, name, None)
     if kind is None:
         raise CompositionError(
-            f"transformers has no class {name!r}; pass architecture='AutoModelFor...'."
+            f"transformers has no class {name!r}; pass --architecture AutoModelFor... "
+            "(architecture=...)."
         )
     labels = heads.labels if "Classification" in name else None
     relabelled = labels is not None and labels != config.num_labels
@@ -168,10 +169,12 @@ def build_target(
     except (OSError, ValueError, RuntimeError, TypeError, AttributeError) as bad:
         raise CompositionError(
             f"transformers cannot build {name} of {folder}: {first_line(bad)}. Pass another "
-            "architecture, or the model itself."
+            "--architecture (architecture=...), or, in Python, the model itself."
         ) from bad
     if not isinstance(model, nn.Module):
-        raise CompositionError(f"transformers' {name} is no model; pass another architecture.")
+        raise CompositionError(
+            f"transformers' {name} is no model; pass another --architecture (architecture=...)."
+        )
     getattr(model, "tie_weights", lambda: None)()
     found = type(model).__name__
     own = found in (content.get("architectures") or [found])

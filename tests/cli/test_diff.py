@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -46,7 +48,37 @@ def test_options(folders, tmp_path, capsys):
 def test_nothing_changed(folders, tmp_path, capsys):
     base, _ = folders
     assert main(["diff", str(base), str(base), "--all", "--out", str(tmp_path / "a")]) == OK
-    assert "hold the same weights" in capsys.readouterr().out
+    assert "hold the same weights." in capsys.readouterr().out
+    words = ["diff", str(base), str(base), "--all", "--out", str(tmp_path / "b")]
+    assert main([*words, "--exclude", "*embeddings*"]) == OK
+    assert "hold the same weights in all else." in capsys.readouterr().out
+
+
+def test_nothing_asked_for(folders, tmp_path, capsys):
+    words = ["diff", *map(str, folders), "--out", str(tmp_path / "a"), "--new", "skip"]
+    assert main([*words, "--nnz", "0"]) == OK
+    out = capsys.readouterr().out
+    assert "--nnz 0 asks for no entry" in out
+    assert "same weights" not in out
+
+
+def test_what_is_not_given_back_is_said(folders, tmp_path, caplog):
+    """A base with an old head, and a tuned encoder alone."""
+    base, tuned = folders
+    words = ["diff", str(tuned), str(base), "--all", "--mode", "set", "--new", "skip"]
+    assert main([*words, "--out", str(tmp_path / "a")]) == OK
+    assert "the tuned checkpoint lacks 4 tensors of the base (classifier.dense.bias" in caplog.text
+
+
+def test_a_file_that_is_read_is_not_replaced(folders, tmp_path, capsys):
+    base, tuned = (shutil.copytree(f, tmp_path / f.name) for f in folders)
+    weights = tuned / "model.safetensors"
+    before = weights.read_bytes()
+    for given in (tuned, weights):
+        words = ["diff", str(base), str(given), "--all", "--out", str(weights), "--overwrite"]
+        assert main(words) == BAD_INPUT
+        assert f"{given}, which is read, is or holds that file" in capsys.readouterr().err
+    assert weights.read_bytes() == before
 
 
 @pytest.mark.parametrize(
@@ -56,7 +88,7 @@ def test_nothing_changed(folders, tmp_path, capsys):
         (["--all", "--nnz", "3"], "not allowed with argument"),
         (["--density", "2"], "density is 2.0, wanted a fraction"),
         (["--all", "--exclude", "nothing"], "matches none"),
-        (["--all", "--new", "error"], "new='dense' takes such tensors whole"),
+        (["--all", "--new", "error"], "--new dense (new='dense') takes such tensors whole"),
     ],
 )
 def test_bad_input(folders, tmp_path, capsys, words, message):

@@ -119,7 +119,7 @@ class TestRoundTrip:
         skipped = extract_adapter(tmp_path / "base", tmp_path / "tuned", new="skip")
         assert not skipped.dense
         assert "classifier.weight" in skipped.metadata.extra["extracted"]["left_out"]
-        with pytest.raises(CompositionError, match="only .*tuned has .*new='dense'"):
+        with pytest.raises(CompositionError, match="only .*tuned has .*--new dense"):
             extract_adapter(tmp_path / "base", tmp_path / "tuned", new="error")
 
     def test_a_base_stored_narrower_than_it_is_loaded(self, tmp_path):
@@ -151,6 +151,79 @@ class TestRoundTrip:
         nothing = extract_adapter(base, base)
         assert len(nothing) == 0
         assert nothing.metadata.fingerprint is None
+
+
+class TestGaps:
+    """Base + all differences is the tuned checkpoint, or it is said why not."""
+
+    def gaps(self, base, tuned, caplog, **options):
+        caplog.clear()
+        adapter = extract_adapter(base, tuned, **{"mode": "set", **options})
+        noted = adapter.metadata.extra["extracted"].get("gaps", {})
+        said = [r.getMessage() for r in caplog.records if "base + diff" in r.getMessage()]
+        assert len(said) == len(noted)
+        for message, names in zip(said, noted.values(), strict=True):
+            assert f" {len(names)} tensors" in message or message.startswith(f"{len(names)} ")
+            assert names[0] in message
+        return noted
+
+    def test_none(self, folders, caplog):
+        assert self.gaps(*folders, caplog) == {}
+
+    def test_the_tuned_lacks_tensors(self, folders, caplog, tmp_path):
+        base, tuned = folders
+        bias = "cls.predictions.transform.dense.bias"
+        rewrite(tuned, lambda state: state.pop(bias))
+        assert self.gaps(base, tuned, caplog) == {"stay": [bias]}
+        assert self.gaps(base, tuned, caplog, mode="add") == {"stay": [bias]}
+        assert self.gaps(base, tuned, caplog, nnz=5) == {}, "no more than some changes is asked for"
+        adapter = extract_adapter(base, tuned, mode="set")
+        out = merge_into_checkpoint(base, [adapter], None, tmp_path / "out")
+        assert set(stored(out)) - set(stored(tuned)) == {bias}
+        adapter.save(tmp_path / "a")
+        assert Adapter.load(tmp_path / "a").metadata == adapter.metadata
+
+    def test_an_encoder_has_no_head(self, folders, caplog):
+        base, tuned = folders
+        make().bert.save_pretrained(tuned)
+        stay = self.gaps(base, tuned, caplog)["stay"]
+        assert stay
+        assert all(n.startswith("cls.") for n in stay)
+
+    def test_the_old_head_of_another_class_goes(self, folders, caplog, tmp_path):
+        base, tuned = folders
+        make("BertForSequenceClassification").save_pretrained(tuned)
+        assert self.gaps(base, tuned, caplog) == {}
+        bias = "bert.encoder.layer.0.output.dense.bias"
+        rewrite(tuned, lambda state: state.pop(bias))
+        assert self.gaps(base, tuned, caplog) == {"stay": [bias]}
+        adapter = extract_adapter(base, tuned, mode="set")
+        out = merge_into_checkpoint(base, [adapter], None, tmp_path / "out")
+        assert set(stored(out)) - set(stored(tuned)) == {bias}
+
+    def test_what_is_left_out_is_no_gap(self, folders, caplog):
+        base, tuned = folders
+        make(vocab_size=33).save_pretrained(tuned)
+        left_out = [EMBED, "cls.predictions.bias"]
+        assert self.gaps(base, tuned, caplog, exclude=left_out) == {}
+
+    def test_buffers_of_one_side(self, folders, caplog):
+        base, tuned = folders
+        rewrite(base, lambda state: state.update({"old": torch.tensor([1])}))
+        rewrite(tuned, lambda state: state.update({"steps": torch.tensor([1])}))
+        assert self.gaps(base, tuned, caplog) == {"stay": ["old"], "lost": ["steps"]}
+        assert self.gaps(base, tuned, caplog, exclude="steps") == {"stay": ["old"]}
+
+    def test_dtypes(self, folders, caplog, tmp_path):
+        base, tuned = folders
+        make("BertForSequenceClassification", torch.float16).save_pretrained(tuned)
+        names = self.gaps(base, tuned, caplog)["other_dtype"]
+        assert {OUTPUT, "classifier.weight"} <= set(names)
+        assert self.gaps(base, tuned, caplog, mode="add") == {}
+        adapter = extract_adapter(base, tuned, mode="set")
+        out = merge_into_checkpoint(base, [adapter], None, tmp_path / "out")
+        wanted = stored(tuned)
+        assert {n for n, t in stored(out).items() if t.dtype != wanted[n].dtype} == set(names)
 
 
 class TestContents:
@@ -266,7 +339,9 @@ class TestRefusals:
 
         rewrite(tuned, spoil)
         for mode in ("add", "set"):
-            with pytest.raises(CompositionError, match=rf"{OUTPUT}.*{value}.*flat index 14"):
+            with pytest.raises(
+                CompositionError, match=rf"{OUTPUT}.*{value}.*flat index 14.*--exclude"
+            ):
                 extract_adapter(base, tuned, mode=mode)
         with pytest.raises((CompositionError, MaskError), match=rf"{OUTPUT}.*flat index 14"):
             extract_adapter(base, tuned, nnz=10)
