@@ -107,8 +107,8 @@ def _why_no_header(start: bytes, length: int, file_size: int) -> str:
         )
     if length > MAX_HEADER:
         return (
-            f"header length {length} is above the limit of {MAX_HEADER}: not a safetensors file, "
-            "or a hostile one."
+            f"not a safetensors file: it begins with {start!r} where those have the length of "
+            f"their header, and so long a header is above the limit of {MAX_HEADER:,} bytes."
         )
     return (
         f"header length {length} is more than the file's {file_size} bytes: the file is cut off. "
