@@ -91,6 +91,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Convert and say what came out."""
+    from sparseft._text import did_you_mean
     from sparseft.adapter import Adapter
     from sparseft.cli._output import quiet_transformers
     from sparseft.errors import OptionError, UnknownNameError
@@ -98,10 +99,12 @@ def run(args: argparse.Namespace) -> int:
 
     quiet_transformers()
     if args.to != _OURS and args.to not in foreign.writable():
-        foreign.FORMATS.get(args.to)  # an unknown name: the nearest ones
-        raise OptionError(
-            f"{args.to} is read, not written. Written are "
-            f"{', '.join([_OURS, *foreign.writable()])}."
+        names = [_OURS, *foreign.writable()]
+        written_are = f"Written are {', '.join(names)}."
+        if args.to in foreign.FORMATS.names():
+            raise OptionError(f"{args.to} is read, not written. {written_are}")
+        raise UnknownNameError(
+            f"no format {args.to!r}.{did_you_mean(args.to, names)} {written_are}"
         )
     source = _located(args.source)
     base = foreign.Base(args.base) if args.base is not None else None
@@ -114,7 +117,9 @@ def run(args: argparse.Namespace) -> int:
     if found is not None and found.format == "masks" and "tuned" not in options:
         return _convert_masks(args, found)
     lost: tuple[str, ...] = ()
+    added: tuple[str, ...] = ()
     if found is None:
+        _need_adapter(source)
         adapter = Adapter.load(source)
         if options:
             raise UnknownNameError(
@@ -129,26 +134,20 @@ def run(args: argparse.Namespace) -> int:
         adapter, lost = conversion.adapter, conversion.lost
         _say_source(args.source, found.format, conversion.nbytes)
         _say_errors(conversion)
+    if args.exclude:
+        before = len(adapter) + len(adapter.dense)
+        adapter = foreign.without(adapter, args.exclude)
+        left = before - len(adapter) - len(adapter.dense)
+        lost = (*lost, f"{left} tensors were left out (--exclude)")
     if args.to != _OURS:
-        written = foreign.write(
-            adapter,
-            args.out,
-            args.to,
-            base=base,
-            overwrite=args.overwrite,
-            exclude=args.exclude,
-        )
-        target, size, lost = args.out, written.nbytes, (*lost, *written.lost)
+        written = foreign.write(adapter, args.out, args.to, base=base, overwrite=args.overwrite)
+        target, size = args.out, written.nbytes
+        lost, added = (*lost, *written.lost), written.added
     else:
-        if args.exclude:
-            before = len(adapter) + len(adapter.dense)
-            adapter = foreign.without(adapter, args.exclude)
-            left = before - len(adapter) - len(adapter.dense)
-            lost = (*lost, f"{left} tensors were left out (--exclude)")
         _need_room(adapter_file(args.out), args.overwrite)
         target = adapter.save(args.out, overwrite=args.overwrite)
         size = target.stat().st_size
-    _say_result(target, args.to, adapter, size, lost)
+    _say_result(target, args.to, adapter, size, lost, added)
     return 0
 
 
@@ -165,6 +164,22 @@ def _located(source: str) -> Path:
             "a name on the hub (owner/name)."
         )
     return here
+
+
+def _need_adapter(source: Path) -> None:
+    """Say of a folder without any adapter what was looked for."""
+    from sparseft.io import adapter_file
+
+    if source.is_dir() and not adapter_file(source).exists():
+        there = sorted(p.name for p in source.iterdir())
+        more = f", and {len(there) - 5} more" if len(there) > 5 else ""
+        has = (
+            f"It has {', '.join(there[:5])}{more}; name a file itself." if there else "It is empty."
+        )
+        raise FileNotFoundError(
+            f"nothing to convert in folder {source}: no adapter.safetensors (ours), no "
+            f"pytorch_diff.bin (composable-sft), no adapter_config.json (PEFT). {has}"
+        )
 
 
 def _need_room(target: Path, overwrite: bool) -> None:
@@ -188,7 +203,6 @@ def _convert_masks(args: argparse.Namespace, found: Found) -> int:
     masks = Masks.of(foreign.read_masks(found))
     target = args.out if args.out.suffix == ".safetensors" else args.out / "masks.safetensors"
     _need_room(target, args.overwrite)
-    target.parent.mkdir(parents=True, exist_ok=True)
     masks.save(target, overwrite=args.overwrite)
     _say_source(args.source, found.format, found.nbytes)
     print(
@@ -227,7 +241,12 @@ def _say_errors(conversion: Conversion) -> None:
 
 
 def _say_result(
-    target: Path, format: str, adapter: Adapter, nbytes: int, lost: Sequence[str]
+    target: Path,
+    format: str,
+    adapter: Adapter,
+    nbytes: int,
+    lost: Sequence[str],
+    added: Sequence[str],
 ) -> None:
     from sparseft._text import human_bytes
 
@@ -242,3 +261,5 @@ def _say_result(
     print(f"  base  {adapter.metadata.base_name or 'not said'}")
     for line in lost or ("nothing",):
         print(f"  lost  {line}")
+    for line in added:
+        print(f"  added {line}")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sparseft.adapter import Adapter
+    from sparseft.composition.overlap import Overlap
     from sparseft.summary import AdapterSummary
 
 __all__ = ["HELP", "add_parser", "run"]
@@ -26,7 +27,9 @@ examples:
   sparseft inspect swahili/ nli/             and the overlap of their masks
   sparseft inspect swahili/ --json           for programs
 
-Every byte is checked while reading: a damaged file ends with exit code 2 and the tensor's name."""
+Every byte of ours is checked while reading: a damaged file ends with exit code 2 and the tensor's
+name. Of other formats all is checked that can be: composable-sft's files store checksums, those of
+PEFT in safetensors do not."""
 
 
 def add_parser(subparsers: Any) -> None:
@@ -49,12 +52,15 @@ def run(args: argparse.Namespace) -> int:
     """Print the tables."""
     from sparseft.adapter import Adapter
     from sparseft.cli._paths import need_adapters
-    from sparseft.composition.overlap import overlaps
+    from sparseft.composition.overlap import Overlap, jaccard
 
     need_adapters(args.adapter)
     adapters = [Adapter.load(path) for path in args.adapter]
     summaries = [adapter.summary() for adapter in adapters]
-    pairs = overlaps(adapters)
+    shared = {
+        (i, j): jaccard(adapters[i], adapters[j]) for i, j in combinations(range(len(adapters)), 2)
+    }
+    pairs = {pair: sum(rows.values(), Overlap()) for pair, rows in shared.items()}
     if args.json:
         data = {
             "adapters": [
@@ -72,7 +78,9 @@ def run(args: argparse.Namespace) -> int:
     for path, summary in zip(args.adapter, summaries, strict=True):
         _print_adapter(path, summary, tensors=args.tensors)
     if len(adapters) > 1:
-        _print_overlaps(args.adapter, adapters, tensors=args.tensors)
+        _print_overlaps(args.adapter, pairs)
+        if args.tensors and len(adapters) == 2:
+            _print_shared(shared[0, 1])
     return 0
 
 
@@ -155,23 +163,23 @@ def _print_adapter(path: str, summary: AdapterSummary, *, tensors: bool) -> None
     )
 
 
-def _print_overlaps(paths: Sequence[str], adapters: Sequence[Adapter], *, tensors: bool) -> None:
-    from sparseft.cli._output import print_table
-    from sparseft.composition.overlap import jaccard, overlaps
+_COLUMNS = ("common", "union", "Jaccard", "opposed", "of common")
 
-    pairs = overlaps(adapters)
-    rows = [
-        (f"{paths[i]} | {paths[j]}", f"{o.common:,}", f"{o.union:,}", f"{o.jaccard:.4f}",
-         f"{o.opposed:,}", f"{o.opposed / o.common:.1%}" if o.common else "-")
-        for (i, j), o in pairs.items()
-    ]  # fmt: skip
-    header = ("pair", "common", "union", "Jaccard", "opposed", "of common")
-    print_table(header, rows, title="Overlap of masks; opposed: shared entries of opposite signs")
-    if not tensors or len(adapters) != 2:
-        return
-    rows = [
-        (name, f"{o.common:,}", f"{o.union:,}", f"{o.jaccard:.4f}", f"{o.opposed:,}",
-         f"{o.opposed / o.common:.1%}" if o.common else "-")
-        for name, o in jaccard(adapters[0], adapters[1]).items()
-    ]  # fmt: skip
-    print_table(("tensor", *header[1:]), rows)
+
+def _cells(o: Overlap) -> tuple[str, ...]:
+    share = f"{o.opposed / o.common:.1%}" if o.common else "-"
+    return f"{o.common:,}", f"{o.union:,}", f"{o.jaccard:.4f}", f"{o.opposed:,}", share
+
+
+def _print_overlaps(paths: Sequence[str], pairs: Mapping[tuple[int, int], Overlap]) -> None:
+    from sparseft.cli._output import print_table
+
+    rows = [(f"{paths[i]} | {paths[j]}", *_cells(o)) for (i, j), o in pairs.items()]
+    title = "Overlap of masks; opposed: shared entries of opposite signs"
+    print_table(("pair", *_COLUMNS), rows, title=title)
+
+
+def _print_shared(shared: Mapping[str, Overlap]) -> None:
+    from sparseft.cli._output import print_table
+
+    print_table(("tensor", *_COLUMNS), [(name, *_cells(o)) for name, o in shared.items()])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from types import ModuleType
 
@@ -11,12 +12,13 @@ import torch
 from safetensors.torch import save_file
 
 from sparseft.adapter import Adapter
-from sparseft.cli.main import BAD_INPUT, OK, main
+from sparseft.cli.main import BAD_INPUT, FAILURE, OK, main
 from sparseft.diff import SparseDiff
 from sparseft.io import foreign, hub
 from sparseft.selection import Masks
 
 QUERY = "roberta.encoder.layer.0.attention.self.query"
+WRITTEN = f"Written are {', '.join(['sparseft', *foreign.writable()])}."
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +87,7 @@ def test_peft_with_a_base_and_what_was_left_out(
     assert "'classifier.out_proj', but not 'classifier.out_proj.weight'" in capsys.readouterr().err
     assert run(*words, "--exclude", "classifier.*") == OK
     out = capsys.readouterr().out
-    assert "zeros were added to reach r=1" in out
+    assert f"  added {32 - adapter.nnz} zeros, to reach r=1 in every module" in out
     assert "lost  1 tensors were left out (--exclude)" in out
     assert f"base  {base.name}" in out
     assert run(tmp_path / "p", tmp_path / "again") == OK
@@ -119,6 +121,13 @@ def test_masks(base: Path, tiny: ModuleType, tmp_path: Path, capsys: pytest.Capt
     assert torch.equal(
         Masks.load(tmp_path / "new" / "m.safetensors")[f"{QUERY}.weight"].to_mask(), mask
     )
+    for command in ("inspect", "convert"):
+        words = [tmp_path / "new" / "m.safetensors", *[tmp_path / "y"] * (command == "convert")]
+        assert main([command, *map(str, words)]) == BAD_INPUT
+        err = capsys.readouterr().err
+        assert "m.safetensors: holds masks" in err
+        assert "select(model, 'file', path=...)" in err
+    assert not (tmp_path / "y").exists()
     assert run(tmp_path / "masks.pt", tmp_path / "x", "--to", "spiel") == BAD_INPUT
     assert "masks without values" in capsys.readouterr().err
     tuned = tiny.save_tiny(tmp_path / "tuned", num_labels=2, seed=1)
@@ -126,6 +135,53 @@ def test_masks(base: Path, tiny: ModuleType, tmp_path: Path, capsys: pytest.Capt
     words = ("--base", base, "--tuned", tuned)
     assert run(tmp_path / "masks.pt", tmp_path / "made", *words) == OK
     assert Adapter.load(tmp_path / "made").nnz == 16
+
+
+def test_what_is_counted_is_what_was_written(
+    sft: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """With --exclude the tensors that were left out count nowhere, whatever is written."""
+    for to in ("sparseft", "composable-sft"):
+        assert run(sft, tmp_path / to, "--to", to, "--exclude", f"{QUERY}*") == OK
+        lines = capsys.readouterr().out.splitlines()
+        assert f": {to}, 0 entries in 0 tensors, 1 dense (2 entries), " in lines[1]
+        assert lines[3] == "  lost  1 tensors were left out (--exclude)"
+        assert Adapter.load(tmp_path / to).names == []
+
+
+def test_folders_without_an_adapter(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    assert run(folder, tmp_path / "out") == BAD_INPUT
+    err = capsys.readouterr().err
+    assert f"nothing to convert in folder {folder}: no adapter.safetensors (ours), no" in err
+    assert "It is empty." in err
+    (folder / "config.json").write_text('{"model_type": "x"}')
+    assert run(folder, tmp_path / "out") == BAD_INPUT
+    assert "It has config.json; name a file itself." in capsys.readouterr().err
+    assert main(["inspect", str(folder / "config.json")]) == BAD_INPUT
+    assert "config.json: not a safetensors file" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.name != "posix", reason="POSIX limits")
+@pytest.mark.parametrize("to", ["sparseft", *foreign.writable()])
+def test_a_full_disk_names_the_file_and_leaves_nothing(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], to: str
+):
+    import resource
+
+    rng = torch.Generator().manual_seed(0)
+    mask = torch.rand(300, 300, generator=rng) < 0.5
+    change = SparseDiff.from_dense(torch.randn(300, 300, generator=rng), mask)
+    Adapter({f"{QUERY}.weight": change}).save(tmp_path / "a")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))
+    try:
+        assert run(tmp_path / "a", tmp_path / "new" / "out", "--to", to) == FAILURE
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert capsys.readouterr().err.startswith(f"sparseft convert: {tmp_path / 'new' / 'out'}/")
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
 def test_a_name_on_the_hub_is_downloaded_unless_it_is_a_path_here(
@@ -151,6 +207,7 @@ def test_a_name_on_the_hub_is_downloaded_unless_it_is_a_path_here(
     ("words", "message"),
     [
         (["SFT", "out", "--to", "peft-shria"], "Did you mean 'peft-shira'"),
+        (["SFT", "out", "--to", "foo"], f"no format 'foo'. {WRITTEN}"),
         (["SFT", "out", "--to", "lora"], "lora is read, not written. Written are sparseft, "),
         (["SFT", "out", "--density", "0.1"], "'composable-sft' has no option 'density'"),
         (["SFT", "out", "--exclude", "nothing*"], "'nothing*' matches none of 2 tensors"),

@@ -54,13 +54,15 @@ class Written:
         files: the files.
         nbytes: their bytes.
         entries: entries in them, fillers included.
-        lost: what the adapter holds and the files do not, or hold on top; a sentence each.
+        lost: what the adapter holds and the files do not, a sentence each.
+        added: what the files hold on top, a sentence each.
     """
 
     files: tuple[Path, ...]
     nbytes: int
     entries: int
     lost: tuple[str, ...] = ()
+    added: tuple[str, ...] = ()
 
 
 class Found:
@@ -172,6 +174,7 @@ class _SafeTensors(Mapping[str, Tensor]):
         try:
             self._handle: Any = safe_open(str(file), framework="pt", device="cpu")
             self._names = list(self._handle.keys())
+            self.metadata: dict[str, str] = self._handle.metadata() or {}
         except SafetensorError as bad:
             why = "it is a pickle (torch.save) by another name" if is_pickle(file) else str(bad)
             raise AdapterFormatError(f"{file} is no safetensors file, or damaged: {why}.") from None

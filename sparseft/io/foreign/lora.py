@@ -4,8 +4,8 @@ Source: ``peft/tuners/lora/{layer,config}.py`` (PEFT 0.21). Per module ``lora_A.
 ``lora_B.weight`` (m, r); the weight changes by ``s * B @ A``, transposed under ``fan_in_fan_out``
 (Conv1D); for embeddings by ``s * (lora_embedding_B @ lora_embedding_A).T``. ``s = alpha / r``, or
 ``alpha / sqrt(r)`` with ``use_rslora``; ``alpha_pattern`` may give single modules another alpha,
-and r is what the matrices say. Trained biases (``bias: all``) come along whole, ``lora_bias``
-exactly.
+and r is what the matrices say; a configuration that says otherwise is refused. Trained biases
+(``bias: all``) come along whole, ``lora_bias`` exactly.
 
 A product of thin matrices has no zeros, so this keeps the ``nnz`` largest entries over all modules
 (ties by name, then position) and says what that costs: the relative Frobenius error
@@ -204,12 +204,28 @@ def _product(found: Found, module: str, keys: dict[str, str]) -> _Product:
     for key, factor in ((keys[p], t) for p, t in zip(_EMBEDDING if embedding else _LINEAR, (a, b),
                                                      strict=True)):  # fmt: skip
         check_dense(factor, found.what(key))
+    _check_rank(found, module, a.shape[0])
     alpha = _pattern(found, module, "alpha_pattern", config_number(found, "lora_alpha", 8))
     rank = a.shape[0]
     scale = alpha / (math.sqrt(rank) if found.config.get("use_rslora") else rank)
     if not math.isfinite(scale):
         found.fail(f"lora_alpha of module {module!r} is {alpha}.")
     return _Product(a, b, scale, embedding or bool(found.config.get("fan_in_fan_out")))
+
+
+def _check_rank(found: Found, module: str, rank: int) -> None:
+    """Refuse matrices of another rank than the configuration gives: the scale depends on it."""
+    if "r" not in found.config:
+        return
+    own = found.config.get("rank_pattern") or {}
+    said = {config_number(found, "r", rank)}
+    # Whichever module each is for: the keys are regular expressions of a stranger.
+    said |= {v for v in own.values() if isinstance(v, int)} if isinstance(own, dict) else set()
+    if rank not in said:
+        found.fail(
+            f"module {module!r} has matrices of rank {rank}, but adapter_config.json says r="
+            f"{found.config['r']}; the two files belong to different adapters."
+        )
 
 
 def _pattern(found: Found, module: str, field: str, default: float) -> float:

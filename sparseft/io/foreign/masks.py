@@ -12,6 +12,8 @@ and not what, so what comes out depends on what is given:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -22,7 +24,7 @@ from sparseft.io.foreign.found import Conversion, Found
 from sparseft.io.foreign.names import parameter_name
 from sparseft.io.foreign.peft import adapter_from
 
-__all__ = ["is_masks", "patterns", "read"]
+__all__ = ["is_masks", "is_ours", "patterns", "read"]
 
 _PARAMETERS = ("weight", "bias")
 
@@ -34,6 +36,11 @@ def is_masks(state: object) -> bool:
         and bool(state)
         and all(isinstance(t, Tensor) and t.dtype == torch.bool for t in state.values())
     )
+
+
+def is_ours(metadata: Mapping[str, str]) -> bool:
+    """Whether a safetensors file with this metadata is one of `sparseft.selection.Masks.save`."""
+    return set(metadata) == {"shapes"}
 
 
 def _name(found: Found, key: str, mask: Tensor) -> str:

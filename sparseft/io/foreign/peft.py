@@ -22,7 +22,7 @@ from torch import Tensor
 from sparseft.adapter import Adapter, AdapterMetadata
 from sparseft.diff import SparseDiff
 from sparseft.errors import AdapterFormatError
-from sparseft.io.atomic import atomic_write, atomic_write_json
+from sparseft.io.atomic import atomic_write
 from sparseft.io.foreign.base import Base
 from sparseft.io.foreign.entries import check_dense
 from sparseft.io.foreign.found import Found, Written
@@ -255,9 +255,12 @@ def write_folder(
     *,
     base: Base | None,
     overwrite: bool,
-    lost: Sequence[str] = (),
+    added: Sequence[str] = (),
 ) -> Written:
     """Write the tensors of a method, the dense ones and the configuration.
+
+    The configuration is what makes an adapter of a folder: it comes last, and an old one goes
+    before its tensors do. Killed in between, the folder holds no adapter, not one of two halves.
 
     Args:
         adapter: whose dense tensors and base name go in, too.
@@ -267,7 +270,7 @@ def write_folder(
             ``tensors``, as lists of names match by their ends.
         base: whose name the configuration gives.
         overwrite: whether files already there may be replaced.
-        lost: passed on.
+        added: passed on.
 
     Raises:
         FileExistsError: a file is there, and ``overwrite`` is False.
@@ -296,12 +299,20 @@ def write_folder(
         {n: t.detach().cpu().contiguous().clone() for n, t in sorted(everything.items())},
         metadata={"format": "pt"},
     )
-    with atomic_write(files[0], overwrite=overwrite) as out:
-        out.write(payload)
-    atomic_write_json(files[1], whole, overwrite=overwrite)
-    nbytes = len(payload) + os.path.getsize(files[1])
+    text = json.dumps(whole, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+    # Put in place in the reverse order, after all has been written that could fail.
+    with (
+        atomic_write(files[1], overwrite=overwrite) as config_out,
+        atomic_write(files[0], overwrite=overwrite) as out,
+    ):
+        for stream, content in ((config_out, text.encode("utf-8")), (out, payload)):
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        files[1].unlink(missing_ok=True)
+    nbytes = sum(os.path.getsize(file) for file in files)
     entries = sum(t.numel() for t in tensors.values() if t.is_floating_point())
-    return Written(files, nbytes, entries, tuple(lost))
+    return Written(files, nbytes, entries, added=tuple(added))
 
 
 def config_number(found: Found, key: str, default: float) -> float:

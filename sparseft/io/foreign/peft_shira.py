@@ -118,5 +118,5 @@ def write(adapter: Adapter, path: Path, *, base: Base | None, overwrite: bool) -
         "fan_in_fan_out": False,
         "init_weights": True,
     }
-    lost = [f"{added:,} zeros were added to reach r={rank} in every module"] if added else []
-    return write_folder(adapter, path, tensors, config, base=base, overwrite=overwrite, lost=lost)
+    zeros = [f"{added:,} zeros, to reach r={rank} in every module"] if added else []
+    return write_folder(adapter, path, tensors, config, base=base, overwrite=overwrite, added=zeros)

@@ -156,5 +156,5 @@ def write(adapter: Adapter, path: Path, *, base: Base | None, overwrite: bool) -
         "init_weights": True,
         "save_precomputed_indices": True,
     }
-    lost = [f"{added:,} zeros were added to reach one sparsity in all modules"] if added else []
-    return write_folder(adapter, path, tensors, config, base=base, overwrite=overwrite, lost=lost)
+    zeros = [f"{added:,} zeros, to reach one sparsity in all modules"] if added else []
+    return write_folder(adapter, path, tensors, config, base=base, overwrite=overwrite, added=zeros)

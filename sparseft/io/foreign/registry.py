@@ -98,8 +98,8 @@ def detect(path: str | os.PathLike[str], *, base: BaseLike = None) -> Found | No
         What was found, or None if nothing there is of a known format (one of our own, say).
 
     Raises:
-        AdapterFormatError: an adapter of PEFT that has no sparse form, or a pickle that is damaged,
-            hostile, or of no known format.
+        AdapterFormatError: an adapter of PEFT that has no sparse form, masks of our own, or a
+            pickle that is damaged, hostile, or of no known format.
     """
     where = Path(path)
     given = None if base is None else (base if isinstance(base, Base) else Base(base))
@@ -120,9 +120,16 @@ def detect(path: str | os.PathLike[str], *, base: BaseLike = None) -> Found | No
         found = Found(where, where, "masks", base=given)
         # Our own files never hold a bool tensor, so one look is enough to tell them apart.
         try:
-            first = next(iter(found.tensors.values()), None)
+            tensors = found.tensors
+            first = next(iter(tensors.values()), None)
         except AdapterFormatError:
             return None
+        if masks.is_ours(getattr(tensors, "metadata", {})):
+            found.fail(
+                "holds masks, which say where and not what: no adapter, and nothing to convert. "
+                "select(model, 'file', path=...) trains at these entries, Masks.load reads them; "
+                "`sparseft diff` makes an adapter of two models."
+            )
         return found if first is not None and masks.is_masks({"first": first}) else None
     if not is_pickle(where):
         return None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -197,6 +199,9 @@ BAD_LORA: dict[str, tuple[dict[str, Any], dict[str, Tensor], str]] = {
     ),
     "DoRA's vector": ({}, {f"{OUTPUT}.lora_magnitude_vector": torch.ones(16)}, "DoRA rescales"),
     "alpha": ({"lora_alpha": "8"}, {}, "lora_alpha .* wanted a number"),
+    "another r": ({"r": 8}, {}, r"matrices of rank 2, but adapter_config.json says r=8"),
+    "r no number": ({"r": "2"}, {}, "r in adapter_config.json is .* wanted a number"),
+    "another r in the patterns": ({"r": 8, "rank_pattern": {".*dense": 4}}, {}, "rank 2, but"),
     "infinite alpha": ({"lora_alpha": float("inf")}, {}, "lora_alpha of module .* is inf"),
     "pattern": ({"alpha_pattern": {"out.*": 3}}, {}, r"expression 'out\.\*'; only plain"),
     "pattern's value": ({"alpha_pattern": {"dense": "x"}}, {}, r"\['dense'\] is no number"),
@@ -211,6 +216,14 @@ def test_damaged_or_other_lora_is_refused(peft_folder: Folder, case: str):
     folder = peft_folder({"peft_type": "LORA", "lora_alpha": 2} | config, LORA | tensors)
     with pytest.raises(AdapterFormatError, match=message):
         foreign.read(folder, nnz=3)
+
+
+@pytest.mark.parametrize(
+    "config", [{}, {"r": 2}, {"r": 8, "rank_pattern": {".*dense": 2}}], ids=str
+)
+def test_a_rank_that_the_configuration_gives(peft_folder: Folder, config: dict[str, Any]):
+    found = peft_folder({"peft_type": "LORA", "lora_alpha": 2} | config, LORA)
+    assert foreign.read(found, density=1.0).adapter.nnz == 16 * 24
 
 
 def test_half_a_lora_is_refused(peft_folder: Folder):
@@ -302,3 +315,49 @@ def test_a_given_base_is_compared_with_formats_that_have_shapes(
     assert len(adapter.metadata.fingerprint.tensors) == 3
     with pytest.raises(BaseMismatchError, match=r"shape \(16, 16\), but base .* has \(8, 8\)"):
         foreign.read(tmp_path, base={n: (8, 8) for n in linear_adapter})
+
+
+def test_a_kill_never_leaves_two_halves(
+    linear_adapter: Adapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """At every step of replacing one adapter by another: the old one, none, or the new one."""
+    folder, names = tmp_path / "a", ("adapter_config.json", "adapter_model.safetensors")
+    replace, seen = os.replace, []
+
+    def pair() -> list[bytes | None]:
+        files = [folder / name for name in names]
+        return [f.read_bytes() if f.exists() else None for f in files]
+
+    def watched(source: Path, target: Path) -> None:
+        seen.append(pair())
+        replace(source, target)
+
+    foreign.write(linear_adapter, folder, "spiel")
+    old = pair()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", watched)
+        foreign.write(linear_adapter, folder, "peft-supertuning", overwrite=True)
+    new = pair()
+    assert None not in new
+    assert new[0] != old[0]
+    assert new[1] != old[1]
+    assert seen == [[None, old[1]], [None, new[1]]]
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_a_full_disk_leaves_the_old_folder(
+    linear_adapter: Adapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+):
+    foreign.write(linear_adapter, tmp_path / "a", "spiel")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()}
+    left = [step]
+
+    def full(handle: int) -> None:
+        left[0] -= 1
+        if not left[0]:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        foreign.write(linear_adapter, tmp_path / "a", "peft-supertuning", overwrite=True)
+    assert {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()} == before

@@ -123,7 +123,7 @@ def test_adapters_of_uneven_density_are_written(
 ):
     written = foreign.write(linear_adapter, tmp_path / "y", target)
     assert written.entries > linear_adapter.nnz  # PEFT gives all modules one r or sparsity
-    assert f"{written.entries - linear_adapter.nnz:,} zeros" in written.lost[0]
+    assert f"{written.entries - linear_adapter.nnz:,} zeros" in written.added[0]
     wanted = composed(linear_adapter)
     back = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "y")
     same(effective(back), wanted)
