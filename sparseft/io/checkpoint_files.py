@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +11,8 @@ from torch import Tensor
 
 from sparseft._text import did_you_mean
 from sparseft.errors import CompositionError, UnknownNameError
-from sparseft.io.checkpoint_shards import Shard, TensorInfo, open_shard
+from sparseft.io.checkpoint_shards import MAX_HEADER, Shard, TensorInfo, open_shard
+from sparseft.io.configs import read_json_object
 
 __all__ = ["CheckpointFiles"]
 
@@ -78,11 +78,11 @@ class CheckpointFiles:
 
     def _shards_of(self, index: Path, what: str) -> list[Path]:
         try:
-            table = json.loads(index.read_text(encoding="utf-8"))
+            table = read_json_object(index, CompositionError, MAX_HEADER)
             names = sorted(set(table["weight_map"].values()))
             plain = all(isinstance(n, str) and n == os.path.basename(n) and n for n in names)
-        except (ValueError, TypeError, KeyError, AttributeError) as bad:
-            raise CompositionError(f"{what}: {index} is no index of shards: {bad}.") from None
+        except (CompositionError, TypeError, KeyError, AttributeError) as bad:
+            raise CompositionError(f"{what}: {index} is no index of shards: {bad}") from None
         if not plain:
             raise CompositionError(f"{what}: {index} names files outside its folder; refused.")
         files = [index.with_name(name) for name in names]

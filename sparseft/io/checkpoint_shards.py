@@ -28,7 +28,7 @@ __all__ = ["TORCH_DTYPES", "Shard", "TensorInfo", "dtype_name", "open_shard"]
 
 logger = logging.getLogger(__name__)
 
-MAX_HEADER = 100_000_000  # the safetensors package's own limit
+MAX_HEADER = 100_000_000  # bytes; the safetensors package's own limit
 REMAP = 1 << 26  # bytes of a mapped pickle that may be resident before it is mapped anew
 PIECE = 1 << 20  # bytes copied at a time: from 1 to 16 MiB the speed is the disk's
 

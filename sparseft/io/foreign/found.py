@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,9 +19,6 @@ from sparseft.io.pickles import check_tensors, is_pickle, load_pickle
 __all__ = ["Conversion", "Found", "Written"]
 
 _DIFF_FILE = "pytorch_diff.bin"  # says nothing about whose it is
-_MAX_CONFIG = (
-    10_000_000  # bytes; the largest honest ones (module names by the thousand) are below 1
-)
 
 
 @dataclass(frozen=True)
@@ -187,20 +183,3 @@ class _SafeTensors(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._names)
-
-
-def read_config(file: Path) -> dict[str, Any]:
-    """Return ``adapter_config.json``.
-
-    Raises:
-        AdapterFormatError: too large, no JSON, or no object.
-    """
-    if file.stat().st_size > _MAX_CONFIG:
-        raise AdapterFormatError(f"{file} has {file.stat().st_size:,} bytes; refused.")
-    try:
-        config = json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as bad:
-        raise AdapterFormatError(f"{file} is no JSON ({str(bad)[:100]}).") from None
-    if not isinstance(config, dict):
-        raise AdapterFormatError(f"{file} holds {type(config).__name__}, wanted an object.")
-    return config

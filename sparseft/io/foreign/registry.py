@@ -17,6 +17,7 @@ from sparseft.adapter import Adapter
 from sparseft.diff import SparsePattern
 from sparseft.errors import AdapterFormatError, BaseMismatchError, OptionError, UnknownNameError
 from sparseft.fingerprint import Fingerprint, fingerprint_tensor
+from sparseft.io.configs import read_json_object
 from sparseft.io.foreign import (
     composable_sft,
     lora,
@@ -27,7 +28,7 @@ from sparseft.io.foreign import (
     spiel,
 )
 from sparseft.io.foreign.base import Base, BaseLike
-from sparseft.io.foreign.found import Conversion, Found, Written, read_config
+from sparseft.io.foreign.found import Conversion, Found, Written
 from sparseft.io.foreign.peft import CONFIG_FILE, WEIGHTS_FILES
 from sparseft.io.pickles import is_pickle
 from sparseft.io.safetensors_v1 import DEFAULT_FILE
@@ -152,7 +153,7 @@ def detect(path: str | os.PathLike[str], *, base: BaseLike = None) -> Found | No
 
 
 def _peft(path: Path, config_file: Path, file: Path | None, base: Base | None) -> Found:
-    config = read_config(config_file)
+    config = read_json_object(config_file)
     kind = config.get("peft_type")
     if not isinstance(kind, str):
         raise AdapterFormatError(f"{config_file} has no peft_type; it is no configuration of PEFT.")
