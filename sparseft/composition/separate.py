@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +18,10 @@ from sparseft.adapter import Adapter
 from sparseft.composition.blend import Blender
 from sparseft.composition.coefficients import Coeffs, Which, as_coeffs
 from sparseft.composition.fit import Dense, Loaded, Missing
+from sparseft.composition.hooks import Hook, encoder_of
 from sparseft.composition.registry import recipe_of
 from sparseft.errors import CompositionError
-from sparseft.modules.deltas import Applied
+from sparseft.modules.deltas import Applied, Pass
 from sparseft.modules.separate import Site
 
 __all__ = ["SeparateComposer"]
@@ -32,14 +33,7 @@ logger = logging.getLogger(__name__)
 _local: ContextVar[Mapping[int, Applied]] = ContextVar("sparseft_separate", default={})  # noqa: B039
 
 
-class _Pass(NamedTuple):
-    """What is known of the model's forward under way."""
-
-    seen: set[int]  # sites that ran
-    lengths: set[int]  # positions of a row, as the inputs have them
-
-
-_pass: ContextVar[_Pass | None] = ContextVar("sparseft_separate_pass", default=None)
+_pass: ContextVar[Pass | None] = ContextVar("sparseft_separate_pass", default=None)
 
 RowSpec = Which | None
 # Where a model's forward has its batch, looked for in this order among keyword arguments.
@@ -114,17 +108,15 @@ class SeparateComposer:
         self._lock = threading.RLock()
         self._warned: set[str] = set()
         self._closed = False
-        self._root = [
-            # Functions, not methods: a deep copy of the model must not copy the handle.
-            model.register_forward_pre_hook(
-                lambda module, args, kwargs: self._before_model(module, args, kwargs),
-                with_kwargs=True,
-            ),
-            model.register_forward_hook(
-                lambda module, args, output: self._after_model(module, args, output),
-                always_call=True,
-            ),
-        ]
+        encoder = encoder_of(model)
+        self._entries = [model] if encoder is None else [model, encoder]
+        self._root = []
+        for module in self._entries:
+            before, after = Hook(self._before_model), Hook(self._after_model)
+            self._root += [
+                module.register_forward_pre_hook(before, with_kwargs=True),
+                module.register_forward_hook(after, always_call=True),
+            ]
         for name, adapter in (adapters or {}).items():
             self.add(name, adapter)
 
@@ -211,22 +203,28 @@ class SeparateComposer:
                 name to coefficient, or None (or nothing) for the base.
             method: a registered composition method, for all rows, with its ``options``.
             repeat: batch rows that each entry stands for, one after another: beams, or sequences
-                returned per prompt, as ``generate`` repeats them.
+                returned per prompt, as ``generate`` repeats them. A layer may also have one row per
+                entry, as the encoder has when ``generate`` repeats the decoder's rows alone.
 
         Raises:
             CompositionError: no rows; later, from the model: a batch of another number of rows, a
                 layer whose input cannot be told apart by rows.
             UnknownNameError, BaseMismatchError: as in `Composer.switch`.
         """
-        if isinstance(rows, str | Mapping) or not rows or repeat < 1:
+        if isinstance(rows, str) or not isinstance(rows, Sequence) or not rows:
             raise CompositionError(
-                f"rows is {rows!r} with repeat={repeat}; wanted a list with one composition per "
-                "row of the batch. One for all rows is using(...)."
+                f"rows is {rows!r}; wanted a list with one composition per row of the batch. One "
+                "for all rows is using(...)."
+            )
+        if isinstance(repeat, bool) or not isinstance(repeat, int) or repeat < 1:
+            raise CompositionError(
+                f"repeat={repeat!r}; wanted how many rows of the batch each entry of rows stands "
+                "for, an integer from 1 (num_beams or num_return_sequences)."
             )
         chosen = [as_coeffs([] if row is None else row, None, self._loaded) for row in rows]
         distinct = list({tuple(sorted(c.items())): c for c in chosen}.values())
-        row_of = [distinct.index(c) for c in chosen for _ in range(repeat)]
-        with self._entered(self._apply(distinct, row_of, method, options)):
+        row_of = [distinct.index(c) for c in chosen]
+        with self._entered(self._apply(distinct, row_of, method, options, repeat)):
             yield self
 
     @contextmanager
@@ -296,37 +294,40 @@ class SeparateComposer:
             if now is None:
                 return site.add(applied, x, output)
             now.seen.add(id(site))
-            return site.add(applied, x, output, now.lengths)
+            return site.add(applied, x, output, now)
 
-        return add
+        return Hook(add)
 
     def _before_model(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         applied = _local.get().get(id(self)) or self._default
-        if applied is None or module is not self.model:
+        if applied is None or all(module is not entry for entry in self._entries):
             return
+        if module is not self.model and _pass.get() is not None:
+            return  # the encoder within the model's forward
         _pass.set(None)
-        lengths: set[int] = set()
+        rows, sizes = None, set[int]()
         named = [kwargs[key] for key in _BATCH_KEYS if kwargs.get(key) is not None]
         for value in (*args, *named, *kwargs.values()):
             if isinstance(value, Tensor) and value.ndim:
-                if applied.batch not in (None, value.shape[0]):
+                rows = value.shape[0]
+                if not applied.takes(rows):
+                    each = f" (repeat={applied.repeat})" if applied.repeat > 1 else ""
                     raise CompositionError(
-                        f"rows(...) was given {applied.batch} compositions for a batch of "
-                        f"{value.shape[0]} rows (input of shape {tuple(value.shape)}); give one "
-                        "per row."
+                        f"rows(...) was given {applied.batch} compositions{each} for a batch of "
+                        f"{rows} rows (input of shape {tuple(value.shape)}); give one per row."
                     )
-                lengths.update(value.shape[1:2])
+                sizes.update(rows * length for length in value.shape[1:2])
                 break
-        _pass.set(_Pass(set(), lengths))
+        _pass.set(Pass(module, rows, set(), sizes))
 
     def _after_model(self, module: nn.Module, args: Any, output: Any) -> None:
         applied, now = _local.get().get(id(self)) or self._default, _pass.get()
-        if applied is None or now is None or module is not self.model:
+        if applied is None or now is None or module is not now.entry:
             return
         _pass.set(None)
-        if output is None:  # an exception is under way
+        if output is None or module is not self.model:  # None: an exception is under way
             return
         sites = [site for site, _ in self._sites.values() if id(site) in now.seen]
         ran = {name for site in sites for name in (site.weight, site.bias)}
@@ -345,6 +346,7 @@ class SeparateComposer:
         row_of: Sequence[int] | None,
         method: str,
         options: dict[str, Any],
+        repeat: int = 1,
     ) -> Applied:
         """Check everything and prepare what is to be in force; the model is only read."""
         if self._closed:
@@ -358,7 +360,7 @@ class SeparateComposer:
                 self._sites.clear()
             how = (method, repr(sorted(options.items())))
             blends = [self._blender.blend(coeffs, recipe, how) for coeffs in chosen]
-            applied = Applied(blends, row_of)
+            applied = Applied(blends, row_of, repeat)
             held = [applied, *self._open, *([self._default] if self._default else [])]
             self._place(sorted({name for each in held for name in each.names}))
         return applied

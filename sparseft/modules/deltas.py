@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparseft.ops import RowGroups
 from sparseft.ops._streams import Readers
@@ -15,7 +15,7 @@ from sparseft.ops._streams import Readers
 if TYPE_CHECKING:
     from sparseft.modules.separate import Site
 
-__all__ = ["Applied", "Blend", "Delta", "Group", "spread"]
+__all__ = ["Applied", "Blend", "Delta", "Group", "Pass", "spread"]
 
 
 def _ordinary() -> torch.inference_mode:
@@ -75,6 +75,22 @@ class Delta:
 Blend = Mapping[str, Delta]  # one composition: canonical parameter name -> its delta
 
 
+class Pass(NamedTuple):
+    """What is known of a model's forward under way.
+
+    Args:
+        entry: the module whose forward it is.
+        rows: of its batch; None: unknown.
+        seen: ids of the sites that ran.
+        sizes: how long dim 0 is where batch and positions are flattened into it.
+    """
+
+    entry: nn.Module
+    rows: int | None
+    seen: set[int]
+    sizes: set[int]
+
+
 class Group(NamedTuple):
     weight: Delta | None
     bias: Delta | None
@@ -87,11 +103,17 @@ class Applied:
     Args:
         blends: the distinct compositions.
         row_of: for each row of the batch, which; None: the first for all, however many there are.
+        repeat: how many rows, one after another, stand for one of those where a layer's batch was
+            repeated (beams). In ``(batch * repeat, L)`` they are ``(batch, repeat * L)``, so that
+            rows below are always those of ``row_of``.
     """
 
-    def __init__(self, blends: Sequence[Blend], row_of: Sequence[int] | None = None) -> None:
+    def __init__(
+        self, blends: Sequence[Blend], row_of: Sequence[int] | None = None, repeat: int = 1
+    ) -> None:
         self.blends = list(blends)
         self.row_of = None if row_of is None else tuple(row_of)
+        self.repeat = repeat
         self.names = sorted({name for blend in blends for name in blend})
         self._groups: dict[Site, list[Group]] = {}
         self._orders: dict[tuple[Any, ...], tuple[RowGroups, list[Tensor], Readers]] = {}
@@ -102,6 +124,10 @@ class Applied:
     def batch(self) -> int | None:
         """Rows of the batch; None where any number will do."""
         return None if self.row_of is None else len(self.row_of)
+
+    def takes(self, rows: int) -> bool:
+        """Whether a batch may have so many rows."""
+        return self.batch is None or rows in (self.batch, self.batch * self.repeat)
 
     def groups(self, site: Site) -> list[Group]:
         """Return the rows of a site by what they change there; rows that change nothing left out.

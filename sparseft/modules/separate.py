@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparseft.errors import CompositionError
-from sparseft.modules.deltas import Applied, Group
+from sparseft.modules.deltas import Applied, Group, Pass
 from sparseft.modules.fused import FusedEmbedding, FusedLinear
 from sparseft.modules.names import ParameterIndex, canonical_name
 from sparseft.ops import RowGroups
@@ -132,16 +132,14 @@ class Site:
     def name(self) -> str:
         return self.weight or self.bias or "?"
 
-    def add(
-        self, applied: Applied, x: Tensor, y: Tensor, lengths: set[int] | None = None
-    ) -> Tensor:
+    def add(self, applied: Applied, x: Tensor, y: Tensor, under: Pass | None = None) -> Tensor:
         """Return what the layer gives under the compositions.
 
         Args:
             applied: they.
             x: the layer's input.
             y: what its stock forward made of it.
-            lengths: positions of a row met so far in the model's forward, added to; None: unknown.
+            under: the model's forward under way; None: the layer is called by itself.
 
         Raises:
             CompositionError: the input cannot be told apart by rows of the batch.
@@ -155,22 +153,22 @@ class Site:
                     delta.read()
         whole = not groups[0].rows
         if self.kind == "embedding":
-            return self._add_embedding(applied, groups, whole, x, y)
+            return self._add_embedding(applied, groups, whole, x, y, under)
         if self.kind == "layer_norm":
-            return self._add_layer_norm(applied, groups, whole, x, y, lengths)
-        return self._add_linear(applied, groups, whole, x, y, lengths)
+            return self._add_layer_norm(applied, groups, whole, x, y, under)
+        return self._add_linear(applied, groups, whole, x, y, under)
 
-    def _by_row(self, x: Tensor, batch: int, lengths: set[int] | None) -> Tensor:
+    def _by_row(self, x: Tensor, applied: Applied, under: Pass | None) -> Tensor:
         """View (B, ..., N), or (B * k, N) with k positions of a row together, as (B, L, N)."""
-        rows = x.shape[0] if x.ndim > 1 else 0
+        rows, batch = x.shape[0] if x.ndim > 1 else 0, applied.batch or 1
         wrong = rows == 0 or rows % batch > 0
         if x.ndim > 2:
-            wrong |= rows != batch and x.shape[1] == batch
-            if lengths is not None and rows == batch:
-                lengths.add(x.shape[1])
-        elif lengths is not None and not wrong:
+            wrong |= not applied.takes(rows) and applied.takes(x.shape[1])
+            if under is not None and applied.takes(rows):
+                under.sizes.add(rows * x.shape[1])
+        elif under is not None and not wrong:
             # Tokens picked for an expert, say, are a multiple of the batch by chance only.
-            wrong = rows // batch not in lengths | {1}
+            wrong = rows not in under.sizes and not applied.takes(rows)
         if wrong:
             raise CompositionError(
                 f"{self.name!r}: its input has shape {tuple(x.shape)}, which is not {batch} rows "
@@ -187,7 +185,7 @@ class Site:
         whole: bool,
         x: Tensor,
         y: Tensor,
-        lengths: set[int] | None,
+        under: Pass | None,
     ) -> Tensor:
         kind = x.device.type
         if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
@@ -197,7 +195,7 @@ class Site:
             shape = (1, -1)
             x3, y3 = x.reshape(*shape, x.shape[-1]), y.reshape(*shape, y.shape[-1])
         else:
-            x3 = self._by_row(x, batch, lengths)
+            x3 = self._by_row(x, applied, under)
             y3 = y.reshape(*x3.shape[:2], y.shape[-1])
         sparse = [g for g in groups if g.weight is None or g.weight.replaced is None]
         if sparse:
@@ -247,19 +245,26 @@ class Site:
         return part if rows is None else y3.index_copy(0, rows, part.to(y3.dtype))
 
     def _add_embedding(
-        self, applied: Applied, groups: list[Group], whole: bool, ids: Tensor, y: Tensor
+        self,
+        applied: Applied,
+        groups: list[Group],
+        whole: bool,
+        ids: Tensor,
+        y: Tensor,
+        under: Pass | None,
     ) -> Tensor:
         module: Any = self.module
         dim, batch = y.shape[-1], applied.batch
         if whole or batch is None:
             ids3, y3, shape = ids.reshape(1, -1), y.reshape(1, -1, dim), y.shape
         else:
-            if ids.ndim > 1 and ids.shape[0] == 1:
+            many = batch if applied.repeat == 1 else under and under.rows
+            if ids.ndim > 1 and ids.shape[0] == 1 and many:
                 # Positions shared by the rows: each row gets its own from here on.
-                ids, y = ids.expand(batch, *ids.shape[1:]), y.expand(batch, *y.shape[1:])
+                ids, y = ids.expand(many, *ids.shape[1:]), y.expand(many, *y.shape[1:])
             # (query, key) distances, not (batch, position) ids, whatever their numbers are
             distances = self.name.endswith("relative_attention_bias.weight")
-            if ids.ndim < 2 or ids.shape[0] != batch or distances:
+            if ids.ndim < 2 or not applied.takes(ids.shape[0]) or distances:
                 raise CompositionError(
                     f"{self.name!r}: it looks up ids of shape {tuple(ids.shape)}, which are not "
                     f"{batch} rows (batch first); rows(...) cannot tell which row an id belongs "
@@ -298,7 +303,7 @@ class Site:
         whole: bool,
         x: Tensor,
         y: Tensor,
-        lengths: set[int] | None,
+        under: Pass | None,
     ) -> Tensor:
         module: Any = self.module
         wide = torch.promote_types(y.dtype, torch.float32)
@@ -309,7 +314,7 @@ class Site:
         out = y.to(wide)
         batch = applied.batch
         if not (whole or batch is None):
-            normal = self._by_row(normal, batch, lengths)
+            normal = self._by_row(normal, applied, under)
             out = out.reshape(normal.shape)
         for attr, factor in (("weight", normal), ("bias", None)):
             deltas = [getattr(g, attr) for g in groups]

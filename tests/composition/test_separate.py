@@ -148,6 +148,29 @@ def test_rows_repeat_for_beams(separate, model):
         assert torch.equal(model(twice), got)
 
 
+def test_rows_repeat_where_a_layer_has_one_row_for_each(separate, model):
+    """As the encoder has when `generate` repeats the decoder's rows alone."""
+    hidden = torch.randn(2, 5, 6)
+    with separate.rows(["sw", "qu"]):
+        expected = model.body(hidden)
+    with separate.rows(["sw", "qu"], repeat=3):
+        assert torch.equal(model.body(hidden), expected)
+        assert torch.equal(model.body(hidden.repeat_interleave(3, 0))[::3], expected)
+        assert torch.equal(model.body(hidden.view(10, 6)).view(2, 5, 6), expected)
+        assert torch.equal(model(IDS[:2]), model(IDS[:2].repeat_interleave(3, 0))[::3])
+        with pytest.raises(CompositionError, match=r"2 compositions \(repeat=3\).*of 4 rows"):
+            model(IDS)
+        with pytest.raises(CompositionError, match=r"ids of shape \(1, 3\)"):
+            model.embed(torch.tensor([[1, 2, 3]]))  # shared by two rows, or by six?
+
+
+@pytest.mark.parametrize("repeat", [1.5, 0, True, "2", None])
+def test_repeat_must_be_a_count(separate, repeat):
+    with pytest.raises(CompositionError, match=r"repeat=.*integer from 1"):
+        with separate.rows(["sw"], repeat=repeat):
+            pass
+
+
 def test_methods_in_rows(separate, model, adapters):
     options = {"method": "ties", "density": 0.5}
     with separate.rows([["sw", "qu"], "nli", None, ["sw", "qu"]], **options):
@@ -168,7 +191,7 @@ def test_wrong_number_of_rows(separate, model):
             model.body(torch.randn(6, 3, 6))  # tokens first?
         with pytest.raises(CompositionError, match=r"ids of shape \(3,\)"):
             model.embed(torch.tensor([1, 2, 3]))
-    for bad in ("sw", [], {"sw": 1.0}):
+    for bad in ("sw", [], {"sw": 1.0}, 3, None):
         with pytest.raises(CompositionError, match="one composition per row"):
             with separate.rows(bad):
                 pass

@@ -12,6 +12,7 @@ import torch
 from sparseft import Composer, SeparateComposer
 from sparseft.adapter import Adapter, AdapterMetadata
 from sparseft.diff import SparseDiff, SparsePattern
+from sparseft.errors import CompositionError
 from sparseft.modules import ParameterIndex, fingerprint_model
 
 transformers = pytest.importorskip("transformers")
@@ -175,3 +176,67 @@ def test_an_adapter_of_the_bare_encoder_fits_under_a_head():
     with torch.no_grad():
         expected = merged(model, {"sw": language}, "sw")(**batch).logits
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+# Encoder-decoder models: `generate` runs the encoder on the prompts, the decoder on every beam.
+
+
+def make_translator(kind: str):
+    torch.manual_seed(0)
+    if kind == "t5":
+        config = transformers.T5Config(
+            vocab_size=50, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2,
+            pad_token_id=0, eos_token_id=1, decoder_start_token_id=0,
+        )  # fmt: skip
+        return transformers.T5ForConditionalGeneration(config).eval()
+    small = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+             "intermediate_size": 24, "max_position_embeddings": 20, "pad_token_id": 0}  # fmt: skip
+    bert = transformers.BertConfig
+    config = transformers.EncoderDecoderConfig.from_encoder_decoder_configs(
+        bert(**small), bert(**small, is_decoder=True, add_cross_attention=True)
+    )
+    model = transformers.EncoderDecoderModel(config).eval()
+    for each in (model.config, model.generation_config):
+        each.decoder_start_token_id, each.pad_token_id, each.eos_token_id = 2, 0, 1
+    return model
+
+
+def translating(model, seed: int) -> Adapter:
+    made = make_adapter(model, seed, 0.5)
+    known = (".relative_attention_bias.", "layer_norm.weight")  # T5's norms are of its own
+    t5 = type(model).__name__.startswith("T5")
+    kept = {n: d for n, d in made.diffs.items() if not (t5 and any(k in n for k in known))}
+    return Adapter(kept, name=made.name)
+
+
+@pytest.mark.parametrize("kind", ["t5", "bert"])
+@pytest.mark.parametrize(("beams", "returned"), [(1, 1), (3, 1), (3, 3)])
+def test_generation_with_an_encoder(kind, beams, returned):
+    model = make_translator(kind)
+    adapters = {n: translating(model, i) for i, n in enumerate(("sw", "nli"))}
+    ids, rows = torch.randint(5, 45, (3, 4)), ["sw", None, "nli"]
+    options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "num_beams": beams,
+               "num_return_sequences": returned,
+               "attention_mask": torch.ones_like(ids)}  # fmt: skip
+    with SeparateComposer(model, adapters) as handle, handle.rows(rows, repeat=beams):
+        got = model.generate(ids, **options).view(3, returned, -1)
+    for row, which in enumerate(rows):
+        expected = merged(model, adapters, which).generate(ids, **options).view(3, returned, -1)
+        assert torch.equal(got[row], expected[row])
+    base = model.generate(ids, **options).view(3, returned, -1)
+    assert not torch.equal(got[[0, 2]], base[[0, 2]])
+
+
+@pytest.mark.parametrize("kind", ["t5", "bert"])
+def test_forward_with_an_encoder(kind):
+    model = make_translator(kind)
+    adapters = {n: translating(model, i) for i, n in enumerate(("sw", "nli"))}
+    ids, labels, rows = torch.randint(5, 45, (4, 6)), torch.randint(5, 45, (4, 3)), ["sw", "nli"]
+    with SeparateComposer(model, adapters) as handle, torch.no_grad():
+        with handle.rows(rows, repeat=2):
+            got = model(input_ids=ids, labels=labels).logits
+            with pytest.raises(CompositionError, match=r"2 compositions \(repeat=2\).*of 3 rows"):
+                model(input_ids=ids[:3], labels=labels[:3])
+        for row in range(4):
+            expected = merged(model, adapters, rows[row // 2])(input_ids=ids, labels=labels)
+            torch.testing.assert_close(got[row], expected.logits[row], rtol=1e-4, atol=1e-4)
