@@ -210,8 +210,9 @@ class Blender:
             )
         shape = tuple(diffs[0].shape)
         dense = spread(plan.indices, values, shape) if len(shape) == 1 else None
+        indices, values = _ordinary(plan.indices), _ordinary(values)
         return Delta(
-            plan.indices, values, shape, parameter.dtype, base if replacing else None, spread=dense
+            indices, values, shape, parameter.dtype, base if replacing else None, spread=dense
         )
 
     def _learning(
@@ -228,7 +229,7 @@ class Blender:
         detached = [type(d).from_pattern(d.pattern, d.values.detach()) for d in diffs]
         plan = plan_tensor(name, list(enumerate(detached)), dtype=torch.float32, device=device)
         places = [share.positions for share in plan.shares]
-        size = plan.indices.numel()
+        indices, size = _ordinary(plan.indices), plan.indices.numel()
 
         def values() -> Tensor:
             total = torch.zeros(size, device=device)
@@ -237,7 +238,7 @@ class Blender:
                 total = total + term if place is None else total.index_add(0, place, term)
             return total
 
-        return Delta(plan.indices, values, tuple(diffs[0].shape), self.index.get(name).dtype)
+        return Delta(indices, values, tuple(diffs[0].shape), self.index.get(name).dtype)
 
     def _replaced(self, name: str, parts: Sequence[tuple[Loaded, str]]) -> Delta:
         (first, own), *rest = parts
@@ -253,7 +254,7 @@ class Blender:
         parameter = self.index.get(name)
         if delta is None or not _holds(delta, parameter):
             none = torch.empty(0, device=parameter.device)
-            moved = tensor.detach().to(parameter.device)
+            moved = _ordinary(tensor.detach().to(parameter.device))
             # A quantised weight's dtype says nothing of its layer's output.
             made = moved if is_opaque(parameter) else moved.to(parameter.dtype)
             if not bool((torch.isfinite(made) | ~torch.isfinite(moved)).all()):
@@ -290,6 +291,11 @@ class Blender:
                     "weights, or leave that parameter out of the adapter."
                 )
         return found
+
+
+def _ordinary(tensor: Tensor) -> Tensor:
+    """Return a tensor that may be saved for backward, whatever mode an adapter was made in."""
+    return tensor.clone() if tensor.is_inference() else tensor
 
 
 def _holds(delta: Delta, parameter: Tensor) -> bool:

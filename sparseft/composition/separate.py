@@ -73,6 +73,13 @@ class SeparateComposer:
     threads that serve different requests do not disturb each other; `switch` holds wherever neither
     is. Two handles on one model add up.
 
+    Diffs of mode "set" are put into the base as it is when a block is entered, or at `switch`. An
+    adapter's values are taken to stay as they are (those that require grad aside): what is kept
+    goes by its digest, which is computed once. Another `Adapter` under the same name is noticed.
+
+    A copy of the model, and a saved one (``copy.deepcopy``, ``torch.save``), is the stock model;
+    the handle itself cannot be copied.
+
     Checkpointed layers run again in backward, which must see the same compositions: call
     ``backward()`` inside the block (or use `switch`); outside it is refused.
 
@@ -123,17 +130,25 @@ class SeparateComposer:
     # The adapters.
 
     def add(self, name: str, adapter: Adapter | str | os.PathLike[str]) -> None:
-        """Add an adapter, or the path of one, under a new name; errors as in `Composer.add`."""
-        if not isinstance(name, str) or not name:
-            raise CompositionError(f"{name!r} cannot name an adapter; wanted a non-empty string.")
-        if name in self._loaded:
-            raise CompositionError(
-                f"an adapter called {name!r} is here already; remove({name!r}) first, or choose "
-                "another name."
-            )
-        if not isinstance(adapter, Adapter):
-            adapter = Adapter.load(adapter, check="lazy")
-        self._loaded[name] = Loaded(name, adapter)
+        """Add an adapter, or the path of one, under a new name; errors as in `Composer.add`.
+
+        Its digest is computed once: after a change of values in place, `remove` it and add a new
+        `Adapter`.
+        """
+        with self._lock:
+            self._check_open()
+            if not isinstance(name, str) or not name:
+                raise CompositionError(
+                    f"{name!r} cannot name an adapter; wanted a non-empty string."
+                )
+            if name in self._loaded:
+                raise CompositionError(
+                    f"an adapter called {name!r} is here already; remove({name!r}) first, or "
+                    "choose another name."
+                )
+            if not isinstance(adapter, Adapter):
+                adapter = Adapter.load(adapter, check="lazy")
+            self._loaded[name] = Loaded(name, adapter)
 
     def remove(self, name: str) -> None:
         """Forget an adapter; blocks that are open keep what they have.
@@ -141,8 +156,8 @@ class SeparateComposer:
         Raises:
             UnknownNameError: there is none of that name.
         """
-        as_coeffs(name, None, self._loaded)
         with self._lock:
+            as_coeffs(name, None, self._loaded)
             self._blender.forget(name)
 
     def names(self) -> list[str]:
@@ -251,6 +266,17 @@ class SeparateComposer:
     def __exit__(self, *error: object) -> None:
         self.close()
 
+    def _check_open(self) -> None:
+        if self._closed:
+            raise CompositionError("this SeparateComposer is closed; make a new one.")
+
+    def __reduce__(self) -> Any:
+        raise CompositionError(
+            "a SeparateComposer cannot be copied or pickled: it belongs to one model in one "
+            "process. Copy or save the model (that leaves the diffs out) and the adapters "
+            "(handle[name]), and make a new SeparateComposer(model, adapters) there."
+        )
+
     def __repr__(self) -> str:
         return f"SeparateComposer(adapters={self.names()}, active={self.active})"
 
@@ -349,11 +375,12 @@ class SeparateComposer:
         repeat: int = 1,
     ) -> Applied:
         """Check everything and prepare what is to be in force; the model is only read."""
-        if self._closed:
-            raise CompositionError("this SeparateComposer is closed; make a new one.")
         recipe = recipe_of(method, options)
         # What is made here is kept: a training step may follow an inference step.
         with self._lock, torch.inference_mode(False), torch.no_grad():
+            self._check_open()
+            for coeffs in chosen:  # another thread may have removed one
+                as_coeffs(coeffs, None, self._loaded)
             if self._blender.refresh():
                 for _, hook in self._sites.values():
                     hook.remove()
