@@ -27,8 +27,12 @@ __all__ = ["SeparateIndex", "Site", "is_opaque", "shape_of", "why_not_separate"]
 
 
 def is_opaque(weight: Tensor) -> bool:
-    """Whether a weight's entries cannot be read as they are: quantised, packed, or a subclass."""
-    return not weight.is_floating_point() or type(weight) not in (Tensor, nn.Parameter)
+    """Whether a weight's entries cannot be read as they are: quantised, packed, or a subclass.
+
+    Floating types of one byte go with scales, and torch has no arithmetic for them.
+    """
+    plain = weight.is_floating_point() and weight.dtype.itemsize > 1
+    return not plain or type(weight) not in (Tensor, nn.Parameter)
 
 
 def _is_linear_like(module: nn.Module) -> bool:
@@ -147,6 +151,12 @@ class Site:
         groups = applied.groups(self)
         if not groups:
             return y
+        if not y.is_floating_point() or y.dtype.itemsize == 1:
+            raise CompositionError(
+                f"separate mode cannot run {self.name!r}: its layer gives {y.dtype}, to which "
+                "nothing can be added. Leave that parameter out of the adapter, or load the model "
+                "in bfloat16."
+            )
         for group in groups:
             for delta in (group.weight, group.bias):
                 if delta is not None:

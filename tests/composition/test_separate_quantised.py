@@ -88,6 +88,48 @@ def test_set_entries_are_refused(buffer):
             handle.switch("s")
 
 
+class Float8Linear(nn.Linear):
+    """As transformers' FP8Linear: a weight of one byte an entry, and a scale."""
+
+    def __init__(self, linear: nn.Linear, dtype: torch.dtype) -> None:
+        super().__init__(linear.in_features, linear.out_features)
+        self.scale = linear.weight.detach().abs().max() / torch.finfo(dtype).max
+        packed = (linear.weight.detach() / self.scale).to(dtype)
+        self.weight = nn.Parameter(packed, requires_grad=False)
+        self.bias = nn.Parameter(linear.bias.detach().clone())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.weight.to(x.dtype) * self.scale, self.bias)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_float8_weights_are_quantised_ones(dtype):
+    torch.manual_seed(0)
+    layers = [nn.Linear(6, 8), nn.Linear(8, 3)]
+    model = nn.Sequential(Float8Linear(layers[0], dtype), nn.ReLU(), Float8Linear(layers[1], dtype))
+    adapters, x = {"a": make_adapter(0), "s": make_adapter(1, "set")}, torch.randn(2, 6)
+    base = model(x)
+    with SeparateComposer(model, adapters) as handle:
+        with handle.rows(["a", None]):
+            got = model[0](x)
+        change = adapters["a"]
+        added = nn.functional.linear(x, change["0.weight"].to_dense(), change["0.bias"].to_dense())
+        torch.testing.assert_close(got[0], (model[0](x) + added)[0])
+        assert torch.equal(model(x), base)
+        with pytest.raises(CompositionError, match=r"'s' replaces.*'0.weight'.*float8"):
+            handle.switch("s")
+
+
+def test_a_layer_that_gives_float8_is_refused_by_name():
+    table = nn.Embedding(5, 4)
+    packed = table.weight.detach().to(torch.float8_e4m3fn)
+    table.weight = nn.Parameter(packed, requires_grad=False)
+    adapter = Adapter({"weight": SparseDiff.from_dense(torch.ones(5, 4))})
+    with SeparateComposer(table, {"a": adapter}) as handle, handle.using("a"):
+        with pytest.raises(CompositionError, match=r"'weight'.*gives torch.float8_e4m3fn"):
+            table(torch.tensor([[1, 2]]))
+
+
 def test_shapes_are_checked():
     transposed = Adapter({"0.weight": SparseDiff.from_dense(torch.ones(6, 8))}, name="t")
     with SeparateComposer(make_model(False), {"t": transposed}) as handle:
