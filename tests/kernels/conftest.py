@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import os
 import pkgutil
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -18,37 +21,70 @@ import torch
 
 HERE = Path(__file__).resolve().parent
 _LANE = "test_interpreter_lane_passes"
+_PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
 
 
 @dataclass
 class Lane:
-    """The interpreter lane in a process of its own."""
+    """What runs beside the other tests, on a core of its own if there is one: two minutes of it.
+
+    First every kernel is compiled, into a cache that the tests of that find warm; then the
+    interpreter lane runs, whose output is kept.
+    """
 
     process: subprocess.Popen[bytes]
-    output: Path
+    folder: Path
+
+    @property
+    def output(self) -> Path:
+        return self.folder / "output.txt"
 
     @classmethod
     def start(cls) -> Lane:
-        env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+        folder = Path(tempfile.mkdtemp(prefix="kernel-lanes-"))
+        os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))
+        aot = (*_PYTEST, str(HERE / "test_aot.py"))
+        interpret = (*_PYTEST, "-m", "interpret", str(HERE))
+        program = (
+            "import os, subprocess, sys\n"
+            f"subprocess.run({aot!r}, stdout=subprocess.DEVNULL)\n"
+            "os.environ['TRITON_INTERPRET'] = '1'\n"
+            "sys.stdout.flush()\n"
+            f"sys.exit(subprocess.run({interpret!r}).returncode)\n"
+        )
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
         env.pop("SPARSEFT_REQUIRE_GPU", None)  # the child selects interpreter tests only
-        handle, name = tempfile.mkstemp(prefix="interpreter-lane-", suffix=".txt")
-        with os.fdopen(handle, "wb") as file:
+        with open(folder / "output.txt", "wb") as file:
             process = subprocess.Popen(
-                [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-                + ["-m", "interpret", str(HERE)],
+                [sys.executable, "-c", program],
                 cwd=HERE.parent.parent,
                 env=env,
                 stdout=file,
                 stderr=subprocess.STDOUT,
+                start_new_session=True,  # so that all of it can be ended
             )
-        return cls(process, Path(name))
+        return cls(process, folder)
+
+    def end(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        if os.environ.get("TRITON_CACHE_DIR") == str(self.folder / "triton"):
+            del os.environ["TRITON_CACHE_DIR"]
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 _lanes: list[Lane] = []
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put what the lane prepares last."""
+    if any(item.name == _LANE for item in items):
+        items.sort(key=lambda item: (item.name == _LANE) + (item.path.name == "test_aot.py") / 2)
+
+
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Start the lane beside the other tests, if it is among them: it takes a minute of a core."""
+    """Start the lane if its test is among those chosen."""
     wanted = any(item.name == _LANE for item in session.items)
     if wanted and not session.config.option.collectonly and not _lanes:
         if os.environ.get("TRITON_INTERPRET") != "1":
@@ -56,11 +92,8 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 
 def pytest_sessionfinish() -> None:
-    for lane in _lanes:
-        lane.process.kill()
-        lane.process.wait()
-        lane.output.unlink(missing_ok=True)
-    _lanes.clear()
+    while _lanes:
+        _lanes.pop().end()
 
 
 @pytest.fixture
