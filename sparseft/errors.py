@@ -14,6 +14,7 @@ __all__ = [
     "BaseMismatchError",
     "CompositionError",
     "DataError",
+    "DecompositionError",
     "DiffError",
     "MaskError",
     "NonFiniteLossError",
@@ -64,6 +65,10 @@ class StackOrderError(SparseFtError, RuntimeError):
 
 class BackendError(SparseFtError, RuntimeError):
     """A backend was asked for by name and cannot run here; the message says why."""
+
+
+class DecompositionError(SparseFtError, ValueError):
+    """A matrix that cannot be factorised as asked, or a gradient that does not exist."""
 
 
 class DataError(SparseFtError, ValueError):

@@ -17,16 +17,22 @@ from sparseft.ops.apply_diff import (
     write_sum_,
 )
 from sparseft.ops.compose import compose_diffs, pack_diffs
+from sparseft.ops.low_rank import low_rank_approximation
 from sparseft.ops.sampled_grad import sampled_embedding_grad, sampled_weight_grad
 from sparseft.ops.sparse_step import adamw_step_, lion_step_, sgd_step_
 from sparseft.ops.spmm import RowGroups, spmm
 from sparseft.ops.spmm_embedding import embedding_diff
+from sparseft.ops.svd_plan import SvdChunk, SvdPlan, plan_svd
 from sparseft.ops.topk import StreamingTopK, TopK, topk_differences, topk_patterns, topk_single
+from sparseft.ops.truncated_svd import TruncatedSVD, truncated_svd
 
 __all__ = [
     "RowGroups",
     "StreamingTopK",
+    "SvdChunk",
+    "SvdPlan",
     "TopK",
+    "TruncatedSVD",
     "adamw_step_",
     "apply_diff_",
     "backend",
@@ -35,7 +41,9 @@ __all__ = [
     "embedding_diff",
     "gather_entries",
     "lion_step_",
+    "low_rank_approximation",
     "pack_diffs",
+    "plan_svd",
     "resolve_backend",
     "sampled_embedding_grad",
     "sampled_weight_grad",
@@ -45,6 +53,7 @@ __all__ = [
     "topk_differences",
     "topk_patterns",
     "topk_single",
+    "truncated_svd",
     "undo_",
     "write_entries",
     "write_entries_",

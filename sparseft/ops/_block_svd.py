@@ -1,0 +1,124 @@
+"""Truncated SVD by block power iteration from a random sketch, grown until the rule is content.
+
+Source: Halko, Martinsson & Tropp, "Finding Structure with Randomness", SIAM Review 53(2), 2011,
+algorithms 4.4 and 5.1; the growth by blocks as in Martinsson & Voronin, "A Randomized Blocked
+Algorithm for Efficiently Computing Rank-Revealing Factorizations of Matrices", SIAM Journal on
+Scientific Computing 38(5), 2016.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparseft.ops._cholesky_qr import orthonormal_columns
+from sparseft.ops._sketch import sign_sketch
+from sparseft.ops._svd_problem import Factors, Problem, full_precision, right_factor
+
+__all__ = ["BLOCK", "Iteration", "block_svd"]
+
+# Columns by which a subspace of unknown size grows.
+BLOCK = 64
+
+# Pivots of an orthonormalisation above this (a condition of 100) leave the next product with `a`
+# so well conditioned that it needs none: a third of the time for 768 x 3072.
+_MILD_PIVOT = 1e-4
+
+# Singular values of `b` above this share of the largest are well enough resolved by the fp64 Gram
+# that dividing by them leaves orthonormal vectors (to 2e-16 over its square).
+_RESOLVED = 1e-4
+
+
+class Iteration(NamedTuple):
+    """How the subspace is found.
+
+    Args:
+        seed: of the sketch.
+        power: iterations; 2 leave the residual within 1.007 of optimal for sigma_i = i ** -0.5,
+            1 within 1.023.
+        oversample: columns beyond the rank.
+        limit: columns beyond which a complete decomposition is cheaper.
+    """
+
+    seed: int
+    power: int
+    oversample: int
+    limit: int
+
+
+def block_svd(problem: Problem, how: Iteration) -> tuple[Factors, Tensor]:
+    """Return the factors of the matrices that this suits, and which they are, (B,) bool."""
+    a, rule = problem.a, problem.rule
+    fixed = None if rule.rank is None else min(rule.rank, a.shape[1])
+    width = min(a.shape[1], how.oversample + (BLOCK if fixed is None else fixed))
+    q, b = _grow(a, None, None, range(width), how)
+    while True:
+        wide = b.double()
+        values, vectors = torch.linalg.eigh(wide @ wide.mT)
+        squares = values.flip(-1).clamp_min(0)
+        size = q.shape[-1]
+        trusted = size if size == a.shape[1] else size - how.oversample
+        ranks = problem.ranks(squares)
+        done = ranks <= trusted
+        larger = min(size + BLOCK, a.shape[1])
+        if fixed is not None or bool(done.all()) or size == larger or larger > how.limit:
+            break
+        if not bool((_reachable(problem, squares, trusted, how.limit) & ~done).any()):
+            break
+        q, b = _grow(a, q, b, range(size, larger), how)
+    if fixed is not None:
+        done = torch.ones_like(done)
+    ranks = ranks[done]
+    r = int(ranks.max()) if len(ranks) else 0
+    turn = vectors.flip(-1)[done, :, :r]
+    left = (q[done].double() @ turn).to(a.dtype)
+    squares = squares[done]
+    product = wide[done].mT @ turn
+    if bool((squares[:, r - 1 : r] > _RESOLVED**2 * squares[:, :1]).all()):
+        right = (product / squares[:, None, :r].sqrt()).to(a.dtype)
+    else:
+        right = right_factor(product, a.dtype)
+    return Factors(left, squares[:, :r], right, ranks), done
+
+
+def _grow(
+    a: Tensor, q: Tensor | None, b: Tensor | None, columns: range, how: Iteration
+) -> tuple[Tensor, Tensor]:
+    """Return an orthonormal basis with these columns of the sketch added, and ``b = q^T a``."""
+    sketch = sign_sketch(a.shape[-1], columns, how.seed, dtype=a.dtype, device=a.device)
+    y = _beside(q, a @ sketch)
+    for _ in range(how.power):
+        basis = orthonormal_columns(y, passes=1)
+        z = a.mT @ basis.q.to(a.dtype)
+        if basis.pivot < _MILD_PIVOT:
+            z = orthonormal_columns(z, passes=1).q.to(a.dtype)
+        y = _beside(q, a @ z)
+    new = orthonormal_columns(y, passes=2).q.to(a.dtype)
+    if q is not None:
+        # Together, because what is left of an exhausted matrix is noise: its completion need not be
+        # orthogonal to the basis. The basis itself comes out as it was.
+        both = orthonormal_columns(torch.cat([q, _beside(q, new)], -1), passes=2).q
+        new = both[..., q.shape[-1] :].to(a.dtype)
+    with full_precision(a.device):
+        rows = new.mT @ a
+    if q is None or b is None:
+        return new, rows
+    return torch.cat([q, new], -1), torch.cat([b, rows], -2)
+
+
+def _beside(q: Tensor | None, y: Tensor) -> Tensor:
+    """Return ``y`` without its part in the span of ``q``."""
+    return y if q is None else y - q @ (q.mT @ y)
+
+
+def _reachable(problem: Problem, squares: Tensor, trusted: int, limit: int) -> Tensor:
+    """Tell for which matrices the energy can be reached within the limit: singular values only
+    fall, so that each column to come brings at most what the last trusted one did.
+    """
+    if problem.rule.energy is None:
+        return torch.ones_like(problem.total, dtype=torch.bool)
+    last = squares[:, trusted - 1]
+    most = squares[:, :trusted].sum(-1) + (limit - trusted) * last
+    return most >= problem.rule.energy * problem.total

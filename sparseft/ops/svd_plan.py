@@ -1,0 +1,223 @@
+"""A whole model's matrices in batches of one shape, within a memory budget.
+
+Linear layers of a transformer come in a handful of shapes, and a tall one is a wide one transposed:
+`plan_svd` puts them together, `SvdPlan.run` fills one buffer per chunk and hands out the results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from sparseft._text import human_bytes, parse_bytes
+from sparseft.errors import DecompositionError, OptionError
+from sparseft.ops._block_svd import BLOCK
+from sparseft.ops._common import accumulation_dtype
+from sparseft.ops._rank_rules import RankRule
+from sparseft.ops.truncated_svd import Method, TruncatedSVD, choose_method, truncated_svd
+
+__all__ = ["SvdChunk", "SvdPlan", "plan_svd"]
+
+
+@dataclass(frozen=True)
+class SvdChunk:
+    """Matrices that are decomposed together.
+
+    Args:
+        names: of the matrices.
+        shape: (s, t), s <= t, of all of them, tall ones transposed.
+        tall: which are transposed.
+        bytes: the most that the work on them needs at a time, their own buffer included.
+    """
+
+    names: tuple[str, ...]
+    shape: tuple[int, int]
+    tall: tuple[bool, ...]
+    bytes: int
+
+
+@dataclass(frozen=True)
+class SvdPlan:
+    """What `plan_svd` returns.
+
+    Args:
+        chunks: every matrix once; shapes in order of first appearance, names in the order given.
+        dtype: of the buffers.
+        options: of `truncated_svd`.
+    """
+
+    chunks: tuple[SvdChunk, ...]
+    dtype: torch.dtype
+    options: Mapping[str, Any]
+
+    @property
+    def bytes(self) -> int:
+        """The largest chunk's."""
+        return max((c.bytes for c in self.chunks), default=0)
+
+    def run(
+        self,
+        load: Callable[[str], Tensor],
+        *,
+        device: torch.device | str | None = None,
+    ) -> Iterator[tuple[str, TruncatedSVD]]:
+        """Decompose everything, chunk by chunk.
+
+        Args:
+            load: returns the matrix of a name, in its own orientation; called once per name.
+            device: where the work is done; None: where the first matrix of a chunk lies.
+
+        Yields:
+            Name and result, batches of one cut to the matrix's own rank, in its own orientation.
+
+        Raises:
+            DecompositionError: a matrix of another shape than planned; as `truncated_svd`.
+        """
+        for chunk in self.chunks:
+            yield from _split(chunk, self._decompose(chunk, load, device))
+
+    def _decompose(
+        self,
+        chunk: SvdChunk,
+        load: Callable[[str], Tensor],
+        device: torch.device | str | None,
+    ) -> TruncatedSVD:
+        buffer: Tensor | None = None
+        for i, (name, tall) in enumerate(zip(chunk.names, chunk.tall, strict=True)):
+            matrix = load(name).detach()
+            wanted = chunk.shape[::-1] if tall else chunk.shape
+            if tuple(matrix.shape) != wanted:
+                raise DecompositionError(
+                    f"plan_svd: {name!r} has shape {tuple(matrix.shape)} but was planned as "
+                    f"{wanted}."
+                )
+            if buffer is None:
+                buffer = torch.empty(
+                    (len(chunk.names), *chunk.shape),
+                    dtype=self.dtype,
+                    device=matrix.device if device is None else device,
+                )
+            buffer[i].copy_(matrix.mT if tall else matrix)
+        if buffer is None:
+            raise DecompositionError("plan_svd: a chunk of no matrices.")
+        return truncated_svd(buffer, names=chunk.names, **self.options)
+
+
+def _split(chunk: SvdChunk, found: TruncatedSVD) -> Iterator[tuple[str, TruncatedSVD]]:
+    for i, (name, tall, r) in enumerate(
+        zip(chunk.names, chunk.tall, found.ranks.tolist(), strict=True)
+    ):
+        at = slice(i, i + 1)
+        u, s, vh = found.U[at, :, :r], found.S[at, :r], found.Vh[at, :r]
+        if tall:
+            u, vh = vh.mT, u.mT
+        yield (
+            name,
+            TruncatedSVD(
+                u, s, vh, found.ranks[at], found.residual[at], found.norm[at], found.methods[at]
+            ),
+        )
+
+
+def plan_svd(
+    shapes: Mapping[str, Sequence[int]],
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    hard_threshold: float | Literal["median"] | None = None,
+    method: Method = "auto",
+    seed: int = 0,
+    power_iterations: int = 2,
+    oversample: int = 16,
+    dtype: torch.dtype = torch.float32,
+    memory: int | str = "1GiB",
+) -> SvdPlan:
+    """Group matrices by shape, tall with wide, into chunks that fit into memory.
+
+    Args:
+        shapes: name -> (m, n), e.g. ``{n: p.shape for n, p in model.named_parameters() if p.ndim ==
+            2}``.
+        rank, energy, hard_threshold, method, seed, power_iterations, oversample: of
+            `truncated_svd`.
+        dtype: of the matrices; the work is done in float32, in float64 for float64.
+        memory: bytes for a chunk and the work on it, as a number or as text: ``"2GiB"``. What the
+            caller keeps of the results comes on top.
+
+    Raises:
+        DecompositionError: a tensor that is no matrix, or one that alone needs more than the
+            memory; names it.
+        OptionError: as `truncated_svd`; memory that is no number of bytes.
+
+    Example:
+        >>> plan = plan_svd({"up": (8, 4), "down": (4, 8), "query": (4, 4)}, rank=2)
+        >>> [(c.names, c.shape) for c in plan.chunks]
+        [(('up', 'down'), (4, 8)), (('query',), (4, 4))]
+    """
+    rule = RankRule(rank, energy, hard_threshold)
+    try:
+        budget = parse_bytes(memory)
+    except ValueError as error:
+        raise OptionError(f"plan_svd: memory: {error}") from None
+    work = accumulation_dtype(dtype)
+    groups: dict[tuple[int, int], list[tuple[str, bool]]] = {}
+    for name, shape in shapes.items():
+        if len(shape) != 2:
+            raise DecompositionError(
+                f"plan_svd: {name!r} has shape {tuple(shape)}; wanted a matrix, leave it out."
+            )
+        m, n = int(shape[0]), int(shape[1])
+        groups.setdefault((min(m, n), max(m, n)), []).append((name, m > n))
+    chunks = []
+    for shape, members in groups.items():
+        shared, each = _bytes_needed(shape, rule, method, oversample, work.itemsize)
+        if shared + each > budget:
+            raise DecompositionError(
+                f"plan_svd: {members[0][0]!r} of shape {shape} (short side first) needs "
+                f"{human_bytes(shared + each)} by itself, memory is {human_bytes(budget)}; give "
+                "more, or leave the matrix out."
+            )
+        most = (budget - shared) // max(each, 1)
+        count = -(-len(members) // most)
+        size, extra = divmod(len(members), count)
+        start = 0
+        for i in range(count):  # as even as can be: a last small chunk would use the device badly
+            part = members[start : start + size + (i < extra)]
+            start += len(part)
+            names, tall = zip(*part, strict=True)
+            chunks.append(SvdChunk(names, shape, tall, shared + each * len(part)))
+    options = {
+        "rank": rank, "energy": energy, "hard_threshold": hard_threshold, "method": method,
+        "seed": seed, "power_iterations": power_iterations, "oversample": oversample,
+    }  # fmt: skip
+    return SvdPlan(tuple(chunks), work, options)
+
+
+def _bytes_needed(
+    shape: tuple[int, int], rule: RankRule, method: str, oversample: int, itemsize: int
+) -> tuple[int, int]:
+    """Return upper bounds of the bytes of a chunk: those that are needed once, and per matrix.
+
+    A count of what is alive where each way needs most; tests compare it with the allocator.
+    """
+    s, t = shape
+    way = choose_method(shape, rule, oversample) if method == "auto" else method
+    own = s * t * itemsize
+    kept = s if rule.rank is None else min(rule.rank, s)
+    # fp64 in, out, and the solver's copy; before and after in the working dtype; signs and results
+    tall_blocks = (s + t) * (5 * 8 + 5 * itemsize)
+    gram = 4 * 8 * s * s + kept * tall_blocks
+    once = s * t * (8 + itemsize)
+    if way == "svd":
+        return once, own + 8 * (3 * s * t + 4 * s * s) + kept * tall_blocks
+    if way == "gram":
+        return once, own + gram
+    if rule.rank is not None:
+        columns = min(s, kept + oversample)
+        return once + 5 * 8 * t * (columns + 32), own + columns * tall_blocks
+    columns = s if method == "block" else max(s // 4, min(s, BLOCK + oversample))
+    each = own + max(columns * tall_blocks, own + gram + columns * (s + t) * (8 + 2 * itemsize))
+    return once + 5 * 8 * t * (columns + 32), each
