@@ -39,7 +39,7 @@ class Iteration(NamedTuple):
         power: iterations; 2 leave the residual within 1.007 of optimal for sigma_i = i ** -0.5,
             1 within 1.023.
         oversample: columns beyond the rank.
-        limit: columns beyond which a complete decomposition is cheaper.
+        limit: columns beyond which a complete decomposition is cheaper; at most the short side.
     """
 
     seed: int
@@ -62,8 +62,8 @@ def block_svd(problem: Problem, how: Iteration) -> tuple[Factors, Tensor]:
         trusted = size if size == a.shape[1] else size - how.oversample
         ranks = problem.ranks(squares)
         done = ranks <= trusted
-        larger = min(size + BLOCK, a.shape[1])
-        if fixed is not None or bool(done.all()) or size == larger or larger > how.limit:
+        larger = min(size + BLOCK, how.limit)
+        if fixed is not None or bool(done.all()) or larger <= size:
             break
         if not bool((_reachable(problem, squares, trusted, how.limit) & ~done).any()):
             break

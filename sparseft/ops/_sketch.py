@@ -23,8 +23,8 @@ def sign_sketch(
     and the position alone, exact in every dtype. Signs serve the iteration as Gaussians do (error
     1.007 of optimal against 1.0065, two power iterations, singular values i ** -0.5).
     """
-    if not columns:
-        return torch.zeros((rows, 0), dtype=dtype, device=device)
+    if not (rows and columns):
+        return torch.zeros((rows, len(columns)), dtype=dtype, device=device)
     first, last = columns.start // 32, (columns.stop - 1) // 32
     row = torch.arange(rows, dtype=torch.int64, device=device)[:, None]
     block = torch.arange(first, last + 1, dtype=torch.int64, device=device)[None, :]

@@ -93,11 +93,11 @@ def wide_and_near_one(batch: Tensor, labels: Sequence[str]) -> tuple[Tensor, Ten
             "wanted finite ones. Did a training step diverge?"
         )
     a = batch.mT if batch.shape[1] > batch.shape[2] else batch
-    exponent = torch.frexp(largest).exponent
+    exponent = torch.frexp(largest).exponent - 1
     exponent = torch.where((largest > 0) & (exponent.abs() > _FAR), exponent, 0)
     if bool((exponent != 0).any()):
         # in two steps: 2**exponent alone may be beyond the dtype's range
         half = exponent // 2
         for part in (half, exponent - half):
-            a = a * torch.ldexp(torch.ones_like(largest), -part).to(a.dtype)[:, None, None]
-    return a, torch.ldexp(torch.ones_like(largest), exponent)
+            a = a * torch.exp2(-part.double()).to(a.dtype)[:, None, None]
+    return a, torch.exp2(exponent.double())

@@ -207,17 +207,19 @@ def _bytes_needed(
     way = choose_method(shape, rule, oversample) if method == "auto" else method
     own = s * t * itemsize
     kept = s if rule.rank is None else min(rule.rank, s)
-    # fp64 in, out, and the solver's copy; before and after in the working dtype; signs and results
-    tall_blocks = (s + t) * (5 * 8 + 5 * itemsize)
-    gram = 4 * 8 * s * s + kept * tall_blocks
-    once = s * t * (8 + itemsize)
+    # A column at the end: b and its fp64 copy, the right vectors in fp64 before and after two
+    # triangular solves, and as they are returned; on the short side less.
+    column = t * (4 * 8 + 3 * itemsize) + s * (2 * 8 + 4 * itemsize)
+    gram = 3 * 8 * s * s + kept * column  # Grams, eigenvectors, the solver's copy
+    once = s * t * (8 + itemsize)  # one matrix in fp64, one residual
     if way == "svd":
-        return once, own + 8 * (3 * s * t + 4 * s * s) + kept * tall_blocks
+        return once, own + 8 * (3 * s * t + 3 * s * s) + kept * column
     if way == "gram":
         return once, own + gram
+    columns = min(s, (BLOCK if rule.rank is None else kept) + oversample)
     if rule.rank is not None:
-        columns = min(s, kept + oversample)
-        return once + 5 * 8 * t * (columns + 32), own + columns * tall_blocks
-    columns = s if method == "block" else max(s // 4, min(s, BLOCK + oversample))
-    each = own + max(columns * tall_blocks, own + gram + columns * (s + t) * (8 + 2 * itemsize))
-    return once + 5 * 8 * t * (columns + 32), each
+        return once + 4 * 8 * t * (columns + 32), own + columns * column
+    columns = s if method == "block" else max(s // 4, columns)
+    # where block iteration gives up, a copy of those matrices meets what it found for the others
+    each = own + max(columns * column, own + gram + columns * (8 + 2 * itemsize) * (s + t))
+    return once + 4 * 8 * t * (columns + 32), each

@@ -87,7 +87,8 @@ class TruncatedSVD(NamedTuple):
 def truncated_svd_reference(matrices: Tensor, ranks: Sequence[int]) -> Tensor:
     """The definition: (B, m, n) float64, of each matrix the nearest one of its rank."""
     u, s, vh = torch.linalg.svd(matrices.double(), full_matrices=False)
-    kept = torch.arange(s.shape[-1]) < torch.tensor(list(ranks), dtype=torch.int64)[:, None]
+    place = torch.arange(s.shape[-1], device=s.device)
+    kept = place < torch.tensor(list(ranks), dtype=torch.int64, device=s.device)[:, None]
     return (u * torch.where(kept, s, 0.0)[:, None, :]) @ vh
 
 
@@ -123,7 +124,8 @@ def truncated_svd(
         energy: the fewest whose squares sum to this share of all squares, in (0, 1].
         hard_threshold: those above the Gavish-Donoho threshold, at the given standard deviation of
             the noise in each entry or, ``"median"``, at noise estimated from the median singular
-            value (a matrix of one row or column is its own median: nothing is kept). Exactly one of ``rank``, ``energy`` and ``hard_threshold``.
+            value (a matrix of one row or column is its own median: nothing is kept). Exactly one
+            of ``rank``, ``energy`` and ``hard_threshold``.
         method: ``"auto"`` chooses by size; ``"block"``, ``"gram"`` and ``"svd"`` insist.
         seed: of the sketch, the same on every machine; one sketch serves the whole batch.
         power_iterations, oversample: accuracy of ``"block"``.
