@@ -99,7 +99,7 @@ def _grow(
     if q is not None:
         # Together, because what is left of an exhausted matrix is noise: its completion need not be
         # orthogonal to the basis. The basis itself comes out as it was.
-        both = orthonormal_columns(torch.cat([q, _beside(q, new)], -1), passes=2).q
+        both = orthonormal_columns(torch.cat([q, new], -1), passes=2).q
         new = both[..., q.shape[-1] :].to(a.dtype)
     with full_precision(a.device):
         rows = new.mT @ a

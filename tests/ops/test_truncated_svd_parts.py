@@ -112,6 +112,13 @@ class TestOrthonormalColumns:
         assert alone.pivot > 0  # scales of columns do not matter: no QR
         assert torch.allclose(alone.q[0], basis.q[2], atol=1e-12)
 
+    @pytest.mark.parametrize("scale", [1e-40, 1.0, 1e15, 1e40], ids=str)
+    def test_the_factorisation_s_own_verdict_counts(self, scale):
+        """What it leaves on the diagonal where it failed may look like a pivot."""
+        y = torch.randn(40, 30, 4, dtype=torch.float64) * scale
+        y[:, :, 2:] = y[:, :, :2] + y[:, :, 1:2]
+        assert off(orthonormal_columns(y, passes=1).q) < 1e-9
+
     def test_a_bad_matrix_leaves_the_others_alone(self):
         good = conditioned(10.0, batch=2)
         both = torch.stack([good[0], torch.zeros_like(good[0]), good[1]])
