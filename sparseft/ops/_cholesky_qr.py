@@ -8,12 +8,10 @@ fp64 leaves ``|Q^T Q - I|`` at 1e-8 for a condition of 1e4 and 4e-5 at 1e6; two 
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-__all__ = ["Basis", "orthonormal_columns"]
+__all__ = ["orthonormal_columns"]
 
 # A pivot squared over its column's squared norm: the share of the column that the columns before it
 # do not explain. One pass in fp64 leaves about 2e-16 over it.
@@ -21,20 +19,7 @@ _LEAST_PIVOT = 1e-11  # below: QR
 _EASY_PIVOT = 1e-6  # above: a second pass changes nothing that matters
 
 
-class Basis(NamedTuple):
-    """Orthonormal columns.
-
-    Args:
-        q: (B, n, k) float64; its memory may be laid out by columns.
-        pivot: the least share, in the squared norm of a column that was given, of what the columns
-            before it do not explain: about 1 / condition**2. 0 if QR was needed, 1 for no columns.
-    """
-
-    q: Tensor
-    pivot: float
-
-
-def orthonormal_columns(columns: Tensor, *, passes: int) -> Basis:
+def orthonormal_columns(columns: Tensor, *, passes: int) -> Tensor:
     """Return ``Q`` with ``columns = Q R``, R upper triangular with a non-negative diagonal.
 
     Args:
@@ -42,10 +27,13 @@ def orthonormal_columns(columns: Tensor, *, passes: int) -> Basis:
             has some orthonormal completion in their place. How the columns are scaled against each
             other does not matter.
         passes: at most so many of the Cholesky route: 1 inside an iteration, 2 for a result.
+
+    Returns:
+        (B, n, k) float64; its memory may be laid out by columns.
     """
     wide = columns.double()
     if not wide.numel():
-        return Basis(wide, 1.0)
+        return wide
     q, found = wide, 1.0
     failed = torch.zeros(wide.shape[0], dtype=torch.bool, device=wide.device)
     for _ in range(passes):
@@ -57,8 +45,8 @@ def orthonormal_columns(columns: Tensor, *, passes: int) -> Basis:
         if least > _EASY_PIVOT:
             break
     if found <= _LEAST_PIVOT:
-        q[failed], found = _householder(wide[failed]), 0.0
-    return Basis(q, found)
+        q[failed] = _householder(wide[failed])
+    return q
 
 
 def _cholesky_pass(columns: Tensor) -> tuple[Tensor, Tensor]:

@@ -78,4 +78,4 @@ def right_factor(product: Tensor, dtype: torch.dtype) -> Tensor:
     Columns of small singular values carry the rounding of the large ones, and those of zeros
     nothing else: so they are orthonormalised in order, not divided by sigma.
     """
-    return orthonormal_columns(product, passes=2).q.to(dtype)
+    return orthonormal_columns(product, passes=2).to(dtype)

@@ -146,8 +146,8 @@ def truncated_svd(
         by powers of two, so that no square overflows. The residual of ``"block"`` is within 1.01 of
         optimal for spectra as flat as ``i ** -0.5`` and steeper, plus fp32 rounding of the norm;
         an energy may then cost a rank or two more than the least possible, and singular values
-        just above a threshold may be missed. ``"gram"`` resolves singular values down to 1e-8 of
-        the largest.
+        just above a threshold may be missed. ``"block"`` and ``"gram"`` resolve singular values
+        down to 1e-8 of the largest, in float64, too.
 
     Example:
         >>> u, s, vh, *_ = truncated_svd(torch.eye(3).mul(2)[None], rank=1)

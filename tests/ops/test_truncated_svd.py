@@ -17,7 +17,7 @@ SPECTRA = {
     "halving": lambda k: 0.5 ** torch.arange(k).double(),
     "repeated": lambda k: torch.arange(k).div(10, rounding_mode="floor").add(1).double() ** -1,
     "rank 5": lambda k: (torch.arange(k) < 5).double(),
-    # squared, the third step is beyond fp32: the iteration must orthonormalise on both sides
+    # the third step, squared, is beyond fp32
     "steps": lambda k: (
         torch.where(torch.arange(k) < 5, 1.0, 1e-4).double()
         * torch.where(torch.arange(k) < 20, 1.0, 0.03).double()
