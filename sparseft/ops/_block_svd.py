@@ -88,7 +88,7 @@ def _grow(
     for _ in range(how.power):
         # The long side needs none: the columns are in order of falling size and each keeps its own
         # scale, so that what rounding mixes in from larger ones goes at the next step. Residuals
-        # were the same with it, for spectra down to 1e-6 in one step, and the time a third more.
+        # were the same with it, for spectra that fall by 1e-6 in one step, too.
         z = a.mT @ orthonormal_columns(y, passes=1).to(a.dtype)
         y = _beside(q, a @ z)
     new = orthonormal_columns(y, passes=2).to(a.dtype)

@@ -167,6 +167,14 @@ class TestInvariants:
         if "energy" in rule:
             assert (found.energy >= rule["energy"] - 1e-5).all()
 
+    @pytest.mark.parametrize("rule", [{"rank": 3}, {"energy": 0.9}, {"hard_threshold": "median"}])
+    def test_an_empty_batch(self, rule):
+        found = ops.truncated_svd(torch.empty(0, 200, 90, dtype=torch.bfloat16), **rule)
+        r = rule.get("rank", 0)
+        assert (found.U.shape, found.S.shape, found.Vh.shape) == ((0, 200, r), (0, r), (0, r, 90))
+        assert found.ranks.shape == found.residual.shape == found.energy.shape == (0,)
+        assert found.reconstruct().shape == (0, 200, 90)
+
     @pytest.mark.parametrize("shape", [(1, 1), (1, 500), (500, 1)], ids=str)
     def test_single_rows_and_columns(self, shape):
         a = torch.randn(3, *shape)
