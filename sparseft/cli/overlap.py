@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sparseft.composition.overlap_groups import Groups
     from sparseft.composition.overlap_pairs import OverlapReport
-    from sparseft.composition.tensor_groups import Groups
 
 __all__ = ["HELP", "add_parser", "run"]
 

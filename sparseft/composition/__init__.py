@@ -1,7 +1,11 @@
 """How adapters combine on one base, and the composer that puts them on a model and takes them off.
 
-Belongs here: composition methods (one file each, registered with `register_method`), the union of
-the entries of several adapters, exact apply and revert, merging into one adapter or a checkpoint.
+- methods: one file each (linear, ties, dare, ...), `registry`, and what they share, `preparation`;
+- the composer: `composer` <- `planning` (from names to plans) <- `plan`, `fit`, `coefficients`;
+  `placement` (all or nothing) <- `writer`, `witness`; `turns`, `switch_report`, `functional`;
+- where adapters lie: `residency*`; beside untouched weights: `separate*`; compared: `overlap*`;
+- into one adapter: `merge`; onto a checkpoint's files: `checkpoint*`; the inverse: `extract`.
+
 Does not belong here: training (sparseft/attachment.py, sparseft/training), choosing entries
 (sparseft/selection).
 """

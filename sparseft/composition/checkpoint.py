@@ -11,15 +11,15 @@ from typing import Any
 from torch import nn
 
 from sparseft.adapter import Adapter
-from sparseft.composition.card import RECIPE_FILE, make_recipe, write_recipe
+from sparseft.composition.checkpoint_card import RECIPE_FILE, make_recipe, write_recipe
+from sparseft.composition.checkpoint_folder import check_outside, check_replaceable, new_folder
+from sparseft.composition.checkpoint_stream import StoredOtherwiseError, StreamedMerge
+from sparseft.composition.checkpoint_target import Heads, build_target, class_for, heads_of
 from sparseft.composition.coefficients import Coeffs, as_coeffs
 from sparseft.composition.composer import Composer
 from sparseft.composition.fit import Dense, Loaded, Missing
 from sparseft.composition.merge import AdapterLike, load_named
-from sparseft.composition.new_folder import check_outside, check_replaceable, new_folder
 from sparseft.composition.registry import recipe_of
-from sparseft.composition.stream import StoredOtherwiseError, StreamedMerge
-from sparseft.composition.target import Heads, build_target, class_for, heads_of
 from sparseft.errors import CompositionError
 from sparseft.io import atomic_write_json
 from sparseft.io.checkpoint_files import CheckpointFiles

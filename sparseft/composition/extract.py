@@ -13,8 +13,8 @@ from torch import Tensor
 
 from sparseft._integrity import chunk_of, find_value_fault
 from sparseft.adapter import Adapter, AdapterMetadata
+from sparseft.composition.checkpoint_pairs import Pair, Side, find_gaps, open_side, pair_up
 from sparseft.composition.fit import check_choice
-from sparseft.composition.pairs import Pair, Side, find_gaps, open_side, pair_up
 from sparseft.diff import Mode, SparseDiff, SparsePattern, index_dtype_for
 from sparseft.errors import CompositionError
 from sparseft.fingerprint import Fingerprint, TensorFingerprint, fingerprint_tensor

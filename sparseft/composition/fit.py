@@ -175,7 +175,7 @@ class Fitter:
             absent = "." in own and all(self._part(form) not in self._parts for form in forms)
             if self.missing == "skip" or (self.missing == "auto" and absent):
                 return
-            fix = "missing='skip' leaves out every tensor without a place."
+            fix = "missing='skip' (--missing skip) leaves out every tensor without a place."
         raise UnknownNameError(
             f"adapter {loaded.name!r} has a {kind} of {own!r}, which the model does not have."
             f"{did_you_mean(own, self.index.names)} {fix}"
@@ -188,7 +188,7 @@ class Fitter:
         if tuple(parameter.shape) != shape:
             fix = "Load the model it was trained on"
             if kind == "dense tensor":
-                fix += ", or pass dense='skip' to leave the model's own"
+                fix += ", or in Python pass dense='skip' to leave the model's own"
             raise BaseMismatchError(
                 f"adapter {loaded.name!r}: the {kind} of {own!r} has shape {shape} but the model's "
                 f"parameter has {tuple(parameter.shape)}. {fix}."

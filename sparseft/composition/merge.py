@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparseft._integrity import bits_equal
 from sparseft.adapter import Adapter, AdapterMetadata
-from sparseft.composition.bases import merged_fingerprint
+from sparseft.composition.base_check import merged_fingerprint
 from sparseft.composition.coefficients import Coeffs, as_coeffs
 from sparseft.composition.fit import Loaded
 from sparseft.composition.plan import TensorPlan, plan_tensor, prepared

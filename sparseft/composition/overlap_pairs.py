@@ -13,10 +13,10 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from sparseft._text import did_you_mean
 from sparseft.adapter import Adapter
-from sparseft.composition.bases import merged_fingerprint
+from sparseft.composition.base_check import merged_fingerprint
 from sparseft.composition.merge import AdapterLike, load_named
 from sparseft.composition.overlap import Counts, count_tensor
-from sparseft.composition.tensor_groups import Groups, group_tensors, natural_key
+from sparseft.composition.overlap_groups import Groups, group_tensors, natural_key
 from sparseft.errors import BaseMismatchError, CompositionError, UnknownNameError
 
 __all__ = ["MEASURES", "Measure", "OverlapReport", "PairOverlap", "overlap_report"]

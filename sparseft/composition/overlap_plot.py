@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sparseft.composition.tensor_groups import kind_and_layer, natural_key
+from sparseft.composition.overlap_groups import kind_and_layer, natural_key
 from sparseft.io.atomic import atomic_write
 
 if TYPE_CHECKING:

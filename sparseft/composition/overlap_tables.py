@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from sparseft.composition.tensor_groups import Groups
+from sparseft.composition.overlap_groups import Groups
 
 if TYPE_CHECKING:
     from sparseft.composition.overlap_pairs import OverlapReport, PairOverlap

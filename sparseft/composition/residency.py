@@ -13,9 +13,18 @@ from torch import Tensor
 
 from sparseft._text import did_you_mean, human_bytes, parse_bytes
 from sparseft.adapter import Adapter, DiffSource
-from sparseft.composition.copies import Copies, copies_for
+from sparseft.composition.residency_copies import Copies, copies_for
 from sparseft.composition.residency_report import Moved, ResidencyReport, Resident, Tier
-from sparseft.composition.shelf import Held, Item, Kind, Parcel, Shelf, nbytes_of, parts_of, rebuilt
+from sparseft.composition.residency_shelf import (
+    Held,
+    Item,
+    Kind,
+    Parcel,
+    Shelf,
+    nbytes_of,
+    parts_of,
+    rebuilt,
+)
 from sparseft.diff import SparseDiff
 from sparseft.errors import CompositionError, OptionError, UnknownNameError
 

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from sparseft.adapter import Adapter
-from sparseft.composition.blend import Blender
 from sparseft.composition.coefficients import Coeffs, Which, as_coeffs
 from sparseft.composition.fit import Dense, Loaded, Missing
-from sparseft.composition.hooks import Hook, encoder_of
 from sparseft.composition.registry import recipe_of
+from sparseft.composition.separate_hooks import Hook, encoder_of
+from sparseft.composition.separate_sums import Blender
 from sparseft.errors import CompositionError
 from sparseft.modules.deltas import Applied, Pass
 from sparseft.modules.separate import Site

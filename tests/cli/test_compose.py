@@ -287,9 +287,11 @@ def test_an_adapter_that_is_read_is_not_replaced(
 
 
 def test_terminated_in_the_middle(base, adapters, tmp_path, monkeypatch, capsys):
-    from sparseft.composition import stream
+    from sparseft.composition import checkpoint_stream
 
-    monkeypatch.setattr(stream, "compose_into_", lambda *a: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(
+        checkpoint_stream, "compose_into_", lambda *a: os.kill(os.getpid(), signal.SIGTERM)
+    )
     words = ["compose", "--base", str(base), "--adapter", str(adapters / "sw")]
     assert main([*words, "--out", str(tmp_path / "out")]) == 143
     assert "sparseft compose: terminated." in capsys.readouterr().err

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from sparseft import Adapter, SparseDiff
 from sparseft.adapter import AdapterMetadata
+from sparseft.composition import checkpoint_stream as stream_module
 from sparseft.composition import merge_into_checkpoint
-from sparseft.composition import stream as stream_module
 from sparseft.errors import BaseMismatchError, CompositionError, UnknownNameError
 from sparseft.modules import fingerprint_model
 

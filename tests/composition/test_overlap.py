@@ -14,13 +14,13 @@ from sparseft import Adapter, SparseDiff, overlap_report
 from sparseft.adapter import AdapterMetadata, DiffHeader, DiffSource
 from sparseft.composition import overlap as overlap_module
 from sparseft.composition.overlap import count_tensor
-from sparseft.composition.overlap_pairs import MEASURES, PairOverlap
-from sparseft.composition.tensor_groups import (
+from sparseft.composition.overlap_groups import (
     group_tensors,
     kind_and_layer,
     layer_of,
     natural_key,
 )
+from sparseft.composition.overlap_pairs import MEASURES, PairOverlap
 from sparseft.errors import BaseMismatchError, CompositionError, UnknownNameError
 from sparseft.fingerprint import Fingerprint, fingerprint_tensor
 

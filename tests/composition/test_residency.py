@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from sparseft import Adapter, SparseDiff
 from sparseft._text import parse_bytes
-from sparseft.composition.copies import CudaCopies, Landed, PlainCopies, copies_for
 from sparseft.composition.residency import Moved, Residency
+from sparseft.composition.residency_copies import CudaCopies, Landed, PlainCopies, copies_for
 from sparseft.errors import (
     AdapterFormatError,
     CompositionError,

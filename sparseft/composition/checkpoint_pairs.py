@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparseft.composition.target import Target, build_target, find_places, read_config
+from sparseft.composition.checkpoint_target import Target, build_target, find_places
 from sparseft.errors import BaseMismatchError, CompositionError
 from sparseft.io.checkpoint_files import CheckpointFiles
 from sparseft.io.checkpoint_shards import TensorInfo
+from sparseft.io.configs import read_config
 from sparseft.io.model_folder import find_model
 from sparseft.modules import ParameterIndex
 from sparseft.modules.prefixes import names_around

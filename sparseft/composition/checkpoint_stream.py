@@ -17,10 +17,10 @@ from torch import Tensor
 
 from sparseft._integrity import bits_equal, find_value_fault, raw_pieces
 from sparseft._text import human_bytes
+from sparseft.composition.checkpoint_target import Target, find_places
 from sparseft.composition.fit import Dense, Fitter, Loaded, Missing
 from sparseft.composition.plan import TensorPlan, plan_tensor, prepared
 from sparseft.composition.registry import Combine, Rule, recipe_of
-from sparseft.composition.target import Target, find_places
 from sparseft.errors import BaseMismatchError, CompositionError
 from sparseft.fingerprint import TensorFingerprint, compare, fingerprint_tensor
 from sparseft.io import atomic_write_json

@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeAlias, TypeVar
 
 from torch import Tensor
 
-from sparseft.composition.copies import Copies
+from sparseft.composition.residency_copies import Copies
 from sparseft.diff import SparseDiff
 
 __all__ = ["Held", "Item", "Kind", "Parcel", "Shelf", "nbytes_of", "parts_of", "rebuilt"]

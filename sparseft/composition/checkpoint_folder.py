@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from sparseft.composition.card import RECIPE_FILE
+from sparseft.composition.checkpoint_card import RECIPE_FILE
 from sparseft.errors import CompositionError
 
 __all__ = ["check_outside", "check_replaceable", "new_folder"]

@@ -4,7 +4,6 @@ meta device, and where in it each tensor of the files goes.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,35 +16,15 @@ from torch import nn
 from sparseft.adapter import Adapter
 from sparseft.errors import CompositionError
 from sparseft.io.checkpoint_shards import TensorInfo
+from sparseft.io.configs import read_config
 from sparseft.io.hub import first_line
 from sparseft.modules import ParameterIndex
 from sparseft.modules.prefixes import find_name
 
-__all__ = ["Places", "Target", "build_target", "find_places", "heads_of", "read_config"]
+__all__ = ["Places", "Target", "build_target", "find_places", "heads_of"]
 
 # Output layers of transformers' sequence classifiers: one row per label.
 _CLASSIFIER_OUTPUTS = ("classifier.out_proj.weight", "classifier.weight", "score.weight")
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """Return the content of ``config.json``.
-
-    Raises:
-        CompositionError: there is none, or it is no JSON object.
-    """
-    file = folder / "config.json"
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CompositionError(
-            f"{folder} has no config.json, so it is no model. Give a folder written by "
-            "save_pretrained."
-        ) from None
-    except (OSError, ValueError) as bad:
-        raise CompositionError(f"{file} cannot be read: {first_line(bad)}.") from None
-    if not isinstance(content, dict):
-        raise CompositionError(f"{file} holds no JSON object.")
-    return content
 
 
 @dataclass(frozen=True)
