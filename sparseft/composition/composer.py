@@ -145,23 +145,10 @@ class Composer:
             CompositionError: the name is taken.
             FileNotFoundError, AdapterFormatError: as in `Adapter.load`.
         """
-        if not isinstance(name, str) or not name:
-            raise CompositionError(f"{name!r} cannot name an adapter; wanted a non-empty string.")
-        if name in self._loaded:
-            raise CompositionError(
-                f"an adapter called {name!r} is here already; remove({name!r}) first, or choose "
-                "another name."
-            )
-        if not isinstance(adapter, Adapter | str | os.PathLike):
-            raise CompositionError(
-                f"adapter {name!r} is {type(adapter).__name__}, wanted an Adapter, a path or a "
-                "name on the hub."
-            )
-        if not isinstance(adapter, Adapter):
-            adapter = Adapter.load(adapter, check="lazy")  # tensors are checked when first used
+        one = Loaded.opened(name, adapter, self._loaded)  # tensors are checked when first used
         with self._turns.taken():
-            self._residency.add(name, adapter)
-            self._loaded[name] = Loaded(name, adapter)
+            self._residency.add(name, one.adapter)
+            self._loaded[name] = one
 
     @_alone
     def remove(self, name: str) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+import os
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, get_args
@@ -33,6 +34,32 @@ class Loaded:
     def __init__(self, name: str, adapter: Adapter) -> None:
         self.name = name
         self.adapter = adapter
+
+    @classmethod
+    def opened(
+        cls, name: str, adapter: Adapter | str | os.PathLike[str], known: Container[str]
+    ) -> Loaded:
+        """Return an adapter, its path's or its hub name's, under a new name.
+
+        Raises:
+            CompositionError: no name, a name that is among ``known``, or no kind of adapter.
+            FileNotFoundError, AdapterFormatError: as in `Adapter.load`.
+        """
+        if not isinstance(name, str) or not name:
+            raise CompositionError(f"{name!r} cannot name an adapter; wanted a non-empty string.")
+        if name in known:
+            raise CompositionError(
+                f"an adapter called {name!r} is here already; remove({name!r}) first, or choose "
+                "another name."
+            )
+        if not isinstance(adapter, Adapter | str | os.PathLike):
+            raise CompositionError(
+                f"adapter {name!r} is {type(adapter).__name__}, wanted an Adapter, a path or a "
+                "name on the hub."
+            )
+        if not isinstance(adapter, Adapter):
+            adapter = Adapter.load(adapter, check="lazy")
+        return cls(name, adapter)
 
     @cached_property
     def digest(self) -> str:

@@ -137,18 +137,7 @@ class SeparateComposer:
         """
         with self._lock:
             self._check_open()
-            if not isinstance(name, str) or not name:
-                raise CompositionError(
-                    f"{name!r} cannot name an adapter; wanted a non-empty string."
-                )
-            if name in self._loaded:
-                raise CompositionError(
-                    f"an adapter called {name!r} is here already; remove({name!r}) first, or "
-                    "choose another name."
-                )
-            if not isinstance(adapter, Adapter):
-                adapter = Adapter.load(adapter, check="lazy")
-            self._loaded[name] = Loaded(name, adapter)
+            self._loaded[name] = Loaded.opened(name, adapter, self._loaded)
 
     def remove(self, name: str) -> None:
         """Forget an adapter; blocks that are open keep what they have.
