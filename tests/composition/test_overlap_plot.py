@@ -45,7 +45,7 @@ def report_of(count: int, *, layers: int = 2, long_names: bool = False, flat: bo
     return overlap_report(adapters)
 
 
-@pytest.mark.parametrize("count", [2, 3, 20])
+@pytest.mark.parametrize("count", [2, 3, pytest.param(20, marks=pytest.mark.slow)])
 def test_a_picture(tmp_path, count):
     report = report_of(count)
     path = report.heatmap(tmp_path / "a.png")

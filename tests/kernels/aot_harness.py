@@ -102,13 +102,12 @@ def _nvidia_usage(cubin: bytes, target: str, folder: Path) -> dict[str, int]:
     binary = folder / "kernel.cubin"
     binary.write_bytes(cubin)
 
-    def dump(*flags: str) -> str:
-        done = subprocess.run([tool, *flags, binary], capture_output=True, text=True, check=True)
-        return done.stdout
-
-    held = re.search(r"REG:(\d+) STACK:(\d+)", dump("-res-usage"))
+    done = subprocess.run(
+        [tool, "-res-usage", "--dump-sass", binary], capture_output=True, text=True, check=True
+    )
+    code = done.stdout
+    held = re.search(r"REG:(\d+) STACK:(\d+)", code)
     assert held, "cuobjdump -res-usage prints no register count"
-    code = dump("--dump-sass")
     return {
         "registers": int(held[1]),
         "stack": int(held[2]),

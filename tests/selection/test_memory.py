@@ -61,8 +61,17 @@ def models():
     return made
 
 
-@pytest.mark.parametrize("scope", ["global", "tensor", "row"])
-@pytest.mark.parametrize("method", ["magnitude", "random"])
+@pytest.mark.parametrize(
+    ("method", "scope"),
+    [
+        ("magnitude", "global"),
+        ("magnitude", "row"),
+        ("random", "global"),
+        pytest.param("magnitude", "tensor", marks=pytest.mark.slow),
+        pytest.param("random", "tensor", marks=pytest.mark.slow),
+        pytest.param("random", "row", marks=pytest.mark.slow),
+    ],
+)
 def test_the_same_extra_for_a_model_twice_the_size(models, method, scope):
     peaks = {}
     for size, (model, base) in models.items():
