@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparseft import Composer
+from sparseft import Composer, SeparateComposer
 from sparseft.adapter import Adapter, AdapterMetadata
 from sparseft.diff import SparseDiff, SparsePattern
 from sparseft.modules import ParameterIndex, fingerprint_model
@@ -89,6 +89,31 @@ def model(make_model):
 @pytest.fixture
 def composer(model, make_adapter):
     return Composer(model, {n: make_adapter(model, i) for i, n in enumerate(("sw", "qu", "nli"))})
+
+
+# What separate mode works on.
+
+SEPARATE = (*DIFFED[:4], "body.1.bias", "body.2.weight", "head.bias")
+
+
+@pytest.fixture
+def adapters(model, make_adapter):
+    return {n: make_adapter(model, i, names=SEPARATE) for i, n in enumerate(("sw", "qu", "nli"))}
+
+
+@pytest.fixture
+def separate(model, adapters):
+    with SeparateComposer(model, adapters) as handle:
+        yield handle
+
+
+@pytest.fixture
+def untouched(model, snapshot, same):
+    """After the test: no parameter has another bit, or was written to at all."""
+    before, versions = snapshot(model), [p._version for p in model.parameters()]
+    yield
+    assert same(snapshot(model), before)
+    assert [p._version for p in model.parameters()] == versions
 
 
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
