@@ -11,7 +11,7 @@ from torch import nn
 from sparseft import attach
 from sparseft.modules import ParameterIndex
 
-transformers = pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
 
 def bert(**changes):
@@ -226,7 +226,7 @@ def test_trainer_with_checkpointing_clipping_and_bf16(kit, tmp_path):
 
 
 def test_accelerate_loop(kit):
-    accelerate = pytest.importorskip("accelerate")
+    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
     model = bert()
     sparse = attach(model, kit.masks(model))
     optimizer = torch.optim.AdamW(sparse.parameters(), lr=1e-2)

@@ -203,7 +203,7 @@ def test_the_lora_side_needs_peft(monkeypatch):
 
 
 def test_lora_sits_on_the_masked_modules():
-    pytest.importorskip("peft")
+    pytest.importorskip("peft", reason="PEFT is not installed")
     rows = rows_of(run_one("model_step/*"))
     # A and B of 16 rows each: 4 square layers and two of 128 x 256, twice; then the head.
     head = 128 * 128 + 128 + 3 * 128 + 3

@@ -14,7 +14,7 @@ from sparseft.errors import BaseMismatchError, CompositionError, MaskError, Unkn
 from sparseft.modules import ParameterIndex, fingerprint_model
 from sparseft.ops.topk import topk_reference
 
-transformers = pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
 OUTPUT = "bert.encoder.layer.0.output.dense.weight"
 EMBED = "bert.embeddings.word_embeddings.weight"

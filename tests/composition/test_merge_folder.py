@@ -10,7 +10,7 @@ from sparseft.composition import checkpoint as checkpoint_module
 from sparseft.composition import merge_into_checkpoint
 from sparseft.errors import CompositionError
 
-transformers = pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
 OUTPUT = "bert.encoder.layer.0.output.dense.weight"
 CHANGE = Adapter({OUTPUT: SparseDiff.from_dense(torch.ones(8, 12))}, name="sw")

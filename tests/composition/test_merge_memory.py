@@ -14,7 +14,7 @@ import torch
 
 from sparseft import Adapter, SparseDiff
 
-transformers = pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
 # glibc keeps freed tensors for later, which looks like use; so large blocks go back at once.
 _AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}

@@ -16,7 +16,7 @@ from sparseft.composition import merge_into_checkpoint
 from sparseft.errors import BaseMismatchError, CompositionError, UnknownNameError
 from sparseft.modules import fingerprint_model
 
-transformers = pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
 OUTPUT = "bert.encoder.layer.0.output.dense.weight"
 EMBED = "bert.embeddings.word_embeddings.weight"

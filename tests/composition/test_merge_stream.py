@@ -17,7 +17,7 @@ from sparseft.composition import merge_into_checkpoint, methods
 from sparseft.errors import CompositionError
 from sparseft.modules import ParameterIndex, fingerprint_model
 
-transformers = pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
 OUTPUT = "bert.encoder.layer.0.output.dense.weight"
 EMBED = "bert.embeddings.word_embeddings.weight"

@@ -15,7 +15,7 @@ from sparseft.diff import SparseDiff, SparsePattern
 from sparseft.errors import CompositionError
 from sparseft.modules import ParameterIndex, fingerprint_model
 
-transformers = pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
 
 def _load(name: str):

@@ -136,7 +136,7 @@ def test_rows_have_their_own_diffs(groups, length, device):
 
 @pytest.mark.parametrize("device", LANES)
 def test_tables_are_kept_by_address_and_the_older_half_is_dropped(device, monkeypatch):
-    kernels = pytest.importorskip("sparseft_kernels.spmm")
+    kernels = pytest.importorskip("sparseft_kernels.spmm", reason="Triton is not installed")
     monkeypatch.setattr(kernels, "_tables", type(kernels._tables)())
     monkeypatch.setattr(kernels, "_TABLES", 4)
     diff, made = make_diff(5, 4, 1.0, device), []

@@ -18,7 +18,7 @@ from sparseft.training import hooks as hooks_module
 from sparseft.training import lottery_ticket
 from sparseft.training.hooks import COMPLETE_MARKER, PhaseHooks, complete_checkpoints
 
-transformers = pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
 
 @pytest.fixture
