@@ -18,6 +18,7 @@ from sparseft.ops.apply_diff import (
 )
 from sparseft.ops.compose import compose_diffs, pack_diffs
 from sparseft.ops.low_rank import low_rank_approximation
+from sparseft.ops.residual import difference_, prune_residual_
 from sparseft.ops.sampled_grad import sampled_embedding_grad, sampled_weight_grad
 from sparseft.ops.sparse_step import adamw_step_, lion_step_, sgd_step_
 from sparseft.ops.spmm import RowGroups, spmm
@@ -38,12 +39,14 @@ __all__ = [
     "backend",
     "compose_diffs",
     "current_backend",
+    "difference_",
     "embedding_diff",
     "gather_entries",
     "lion_step_",
     "low_rank_approximation",
     "pack_diffs",
     "plan_svd",
+    "prune_residual_",
     "resolve_backend",
     "sampled_embedding_grad",
     "sampled_weight_grad",
