@@ -307,9 +307,10 @@ def _one_seed(run: _Run, seed: int) -> None:
             composer.switch({"task": 1.0, code: 1.0 if code == SOURCE else coeff})
             scorer.add(classifier, TASK_LANGUAGE, code, density)
         composer.revert()
-    _load_dense(classifier, alone[0].dense_path)
-    for code in languages:
-        scorer.add(classifier, FULL_FT, code, None)
+    if alone[0].dense_path is not None:
+        _load_dense(classifier, alone[0].dense_path)
+        for code in languages:
+            scorer.add(classifier, FULL_FT, code, None)
 
 
 def _state_folder(run: _Run, seed: int) -> Path:

@@ -226,6 +226,14 @@ class LoopTrainer:
         """Delete all checkpoints, the best one's copy included."""
         self._folder.clear()
 
+    def batches(self) -> Iterator[Any]:
+        """Yield the batches that training would see, one pass, on the device."""
+        order = batch_order(
+            len(self.dataset), self.batch_size, seed=self.seed, shuffle=self.shuffle, start=0
+        )
+        for _ in range(-(-len(self.dataset) // self.batch_size)):
+            yield _to_device(self.collate([self.dataset[i] for i in next(order)]), self.device)
+
     def train(self, resume_from_checkpoint: str | Path | bool | None = None) -> LoopResult:
         """Run the loop to its end, from a checkpoint if one is given (True: the newest, if any)."""
         self.model.to(self.device)

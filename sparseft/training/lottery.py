@@ -18,9 +18,10 @@ On disk (``output_dir``)::
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, cast, overload
 
@@ -29,7 +30,9 @@ from torch import nn
 
 from sparseft.adapter import Adapter
 from sparseft.errors import MaskError
+from sparseft.training.mask_choice import MaskChoice
 from sparseft.training.parameters import Trainables, base_digest, saved_training_mode
+from sparseft.training.phase1 import DENSE, Phase1
 from sparseft.training.phases import MakeTrainer
 from sparseft.training.state import RunState, exclusive
 from sparseft.training.ticket import LotteryTicketResult, TicketRun
@@ -37,7 +40,9 @@ from sparseft.training.ticket import LotteryTicketResult, TicketRun
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["LotteryTicketResult", "SourceAdapter", "lottery_ticket"]
+    from sparseft.denoise import Denoise
+
+__all__ = ["LotteryTicketResult", "SourceAdapter", "dense_phase", "lottery_ticket"]
 
 SourceAdapter = Adapter | tuple[Adapter, float]
 
@@ -49,6 +54,7 @@ class _Options(TypedDict, total=False):
     selector: str
     scope: str
     selector_options: Mapping[str, Any] | None
+    denoise: Denoise | None
     include: Sequence[str] | None
     exclude: Sequence[str]
     full_params: Sequence[str]
@@ -60,6 +66,7 @@ class _Options(TypedDict, total=False):
     base_name: str | None
     metadata: Mapping[str, Any] | None
     theta0: str | Path | None
+    phase1: str | Path | None
 
 
 @overload
@@ -97,6 +104,7 @@ def lottery_ticket(
     selector: str = "magnitude",
     scope: str = "global",
     selector_options: Mapping[str, Any] | None = None,
+    denoise: Denoise | None = None,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] = (),
     full_params: Sequence[str] = (),
@@ -108,6 +116,7 @@ def lottery_ticket(
     base_name: str | None = None,
     metadata: Mapping[str, Any] | None = None,
     theta0: str | Path | None = None,
+    phase1: str | Path | None = None,
 ) -> LotteryTicketResult | list[LotteryTicketResult]:
     """Learn a sparse adapter in two phases: dense, select, rewind, sparse.
 
@@ -131,6 +140,9 @@ def lottery_ticket(
             results: phase 1 runs once, and the masks nest.
         iterations: repetitions of the two phases; 1 with a list.
         selector: name of a registered selector; ``scope`` and ``selector_options`` go to `select`.
+            One that looks at no differences ("low_rank", "random", ...) runs no dense phase; one by
+            gradients ("fisher", ...) looks at the batches of a trainer of the dense phase.
+        denoise: choose by denoised differences (DeFT-X): selector "deltas_svd" with these options.
         include, exclude: globs over parameter names that the mask may and may not touch (exclude
             wins). What is excluded stays frozen in both phases. As in `select`, a tied parameter is
             meant by any of its names: a head's glob also freezes an embedding tied to it.
@@ -142,9 +154,11 @@ def lottery_ticket(
         seed: of both phases (each derives its own; a Trainer additionally uses its ``args.seed``).
         resume: False starts over and deletes what the folder holds of an earlier run.
         adapter_name, base_name, metadata: name and provenance of the result; ``metadata`` is JSON.
-
         theta0: a safetensors file of the base, under the model's own names; what it holds bit for
             bit is read from there, not copied to ``output_dir``.
+        phase1: ``output_dir`` of another run, or of `dense_phase`: its dense phase is taken, its
+            heads' first values, too. Runs that share one differ in their masks only: each sparse
+            phase of a size sees the same batches.
 
     Returns:
         A `LotteryTicketResult`, or a list in the order of the list given.
@@ -163,12 +177,7 @@ def lottery_ticket(
     Source: Ansell, Ponti, Korhonen, Vulić 2022, arXiv 2110.07560, section 3.1 and appendix
         (iterations, L1).
     """
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        if torch.distributed.get_world_size() > 1:
-            raise RuntimeError(
-                "lottery_ticket runs in one process: ranks would write one state. Run it on one "
-                "device, or attach the masks in the distributed script itself."
-            )
+    _refuse_ranks()
     single = not isinstance(nnz, Sequence) and not isinstance(density, Sequence)
     if iterations < 1:
         raise ValueError(f"iterations must be at least 1, got {iterations}.")
@@ -177,80 +186,50 @@ def lottery_ticket(
             "a list of nnz or densities shares one dense phase, as only one iteration can; "
             "call once for each, with its own output_dir, to repeat the phases."
         )
-    if iterations > 1 and selector != "magnitude":
+    choice = MaskChoice.of(selector, scope, selector_options, denoise)
+    if iterations > 1 and (choice.method != "magnitude" or phase1 is not None):
+        with_phase1 = "" if phase1 is None else " with phase1"
         raise ValueError(
-            f"iterations={iterations} needs selector='magnitude', which can keep earlier entries; "
-            f"got {selector!r}."
+            f"iterations={iterations} needs selector='magnitude', which can keep earlier entries, "
+            f"and a dense phase of its own each; got {choice.method!r}{with_phase1}."
         )
-    penalties = l1 if isinstance(l1, tuple) else (l1, l1)
-    if len(penalties) != 2 or any(p < 0 for p in penalties):
-        raise ValueError(f"l1 must be a number >= 0 or one for each of the two phases, got {l1!r}.")
     parts = Trainables.of(model, include=include, exclude=exclude, full_params=full_params)
     budgets = _budgets(nnz, density, parts.numel)
-    sources = [s if isinstance(s, tuple) else (s, 1.0) for s in source_adapters]
+    common = _Common(model, parts, l1, source_adapters, seed, theta0)
     if base_name is None:
         base_name = getattr(getattr(model, "config", None), "name_or_path", None) or None
     settings = {
         "nnz": budgets,
         "iterations": iterations,
-        "selector": selector,
+        "selector": choice.method,
         "scope": scope,
-        "selector_options": dict(selector_options or {}),
-        "candidates": sorted(parts.candidates),
-        "full_params": sorted(parts.full),
-        "l1": list(penalties),
-        "source_adapters": [[a.digest, float(c)] for a, c in sources],
-        "seed": seed,
+        "selector_options": {k: _recorded(v) for k, v in choice.options.items()},
+        **common.settings,
         "adapter_name": adapter_name,
         "base_name": base_name,
         "metadata": dict(metadata or {}),
-        "base": base_digest(parts),
     }
-    folder = Path(output_dir)
-    with ExitStack() as stack:
-        stack.enter_context(exclusive(folder))
-        if not resume:
-            _forget(folder)
-        state = RunState(folder / "state.json", settings)
-        stack.enter_context(saved_training_mode(model))
-        if sources:
-            from sparseft.composition import Composer
-
-            composer = Composer(model)
-            names = []
-            for i, (source, _) in enumerate(sources):
-                names.append(f"source-{i}-{source.name}")
-                composer.add(names[-1], source)
-            composer.apply(dict(zip(names, (c for _, c in sources), strict=True)))
-            stack.callback(composer.revert)
-        run = TicketRun(
-            make_trainer=make_trainer,
-            model=model,
-            parts=parts,
-            folder=folder,
-            state=state,
-            iterations=iterations,
-            l1=(float(penalties[0]), float(penalties[1])),
-            seed=seed,
-            choose={"method": selector, "scope": scope, **(selector_options or {})},
-        )
-        run.remember_theta0(None if theta0 is None else Path(theta0))
-        stack.callback(run.rewind_to_base)
+    shared = None if phase1 is None else Phase1.of(phase1, settings)
+    with _opened(
+        make_trainer, common, Path(output_dir), settings, resume=resume, iterations=iterations,
+        choice=choice, phase1=shared,
+    ) as run:  # fmt: skip
 
         def finish(adapter: Adapter, budget: int) -> Adapter:
             extra = {
-                "l1": list(penalties),
+                "l1": common.settings["l1"],
                 "iterations": iterations,
                 "scope": scope,
+                **({"selector_options": settings["selector_options"]} if choice.options else {}),
                 **(metadata or {}),
             }
             about = dataclasses.replace(
                 adapter.metadata,
                 base_name=base_name,
-                method=f"lottery_ticket/{selector}",
+                method=f"lottery_ticket/{choice.method}",
                 density=budget / parts.numel,
                 seed=seed,
-                parents=tuple(a.digest for a, _ in sources),
+                parents=tuple(a.digest for a, _ in common.sources),
                 extra={**adapter.metadata.extra, **extra},
             )
             return Adapter(
@@ -259,6 +238,139 @@ def lottery_ticket(
 
         results = run.results(budgets, finish)
     return results[0] if single else results
+
+
+def dense_phase(
+    make_trainer: MakeTrainer,
+    model: nn.Module,
+    *,
+    output_dir: str | Path,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] = (),
+    full_params: Sequence[str] = (),
+    l1: float = 0.0,
+    source_adapters: Sequence[SourceAdapter] = (),
+    seed: int = 0,
+    resume: bool = True,
+    theta0: str | Path | None = None,
+) -> Path:
+    """Run phase 1 alone: full fine-tuning, for `lottery_ticket` s that share it by ``phase1=``.
+
+    Args:
+        make_trainer, model, include, exclude, full_params, source_adapters, seed, resume, theta0:
+            as in `lottery_ticket`.
+        output_dir: folder of the run; the same call goes on from whatever it finds there.
+        l1: strength of the penalty on the difference.
+
+    Returns:
+        The safetensors file with the result.
+
+    Raises:
+        ResumeError, NonFiniteLossError, DataError, MaskError: as `lottery_ticket`.
+    """
+    _refuse_ranks()
+    parts = Trainables.of(model, include=include, exclude=exclude, full_params=full_params)
+    common = _Common(model, parts, l1, source_adapters, seed, theta0)
+    settings = {"phase": "dense", **common.settings}
+    with _opened(make_trainer, common, Path(output_dir), settings, resume=resume) as run:
+        if not run.state.done(DENSE):
+            run.dense_phase(0, None)
+    return Path(output_dir) / f"{DENSE}.safetensors"
+
+
+def _refuse_ranks() -> None:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if torch.distributed.get_world_size() > 1:
+            raise RuntimeError(
+                "lottery_ticket runs in one process: ranks would write one state. Run it on one "
+                "device, or attach the masks in the distributed script itself."
+            )
+
+
+def _recorded(value: Any) -> Any:
+    """Return an option as the state file can hold it; what JSON cannot hold, by its kind."""
+    try:
+        return json.loads(json.dumps(value))
+    except (TypeError, ValueError):
+        return f"({type(value).__name__})"
+
+
+class _Common:
+    """The arguments that all phases of a run share, checked."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        parts: Trainables,
+        l1: float | tuple[float, float],
+        source_adapters: Sequence[SourceAdapter],
+        seed: int,
+        theta0: str | Path | None,
+    ) -> None:
+        penalties = l1 if isinstance(l1, tuple) else (l1, l1)
+        if len(penalties) != 2 or any(p < 0 for p in penalties):
+            raise ValueError(
+                f"l1 must be a number >= 0 or one for each of the two phases, got {l1!r}."
+            )
+        self.model, self.parts, self.seed = model, parts, seed
+        self.l1 = (float(penalties[0]), float(penalties[1]))
+        self.sources = [s if isinstance(s, tuple) else (s, 1.0) for s in source_adapters]
+        self.theta0 = None if theta0 is None else Path(theta0)
+        self.settings: dict[str, Any] = {
+            "candidates": sorted(parts.candidates),
+            "full_params": sorted(parts.full),
+            "l1": list(penalties),
+            "source_adapters": [[a.digest, float(c)] for a, c in self.sources],
+            "seed": seed,
+            "base": base_digest(parts),
+        }
+
+
+@contextmanager
+def _opened(
+    make_trainer: MakeTrainer,
+    common: _Common,
+    folder: Path,
+    settings: Mapping[str, Any],
+    *,
+    resume: bool,
+    iterations: int = 1,
+    choice: MaskChoice | None = None,
+    phase1: Phase1 | None = None,
+) -> Iterator[TicketRun]:
+    """Hold a run's folder and state, with the sources applied; the model is put back at the end."""
+    model = common.model
+    with ExitStack() as stack:
+        stack.enter_context(exclusive(folder))
+        if not resume:
+            _forget(folder)
+        state = RunState(folder / "state.json", settings)
+        stack.enter_context(saved_training_mode(model))
+        if common.sources:
+            from sparseft.composition import Composer
+
+            composer = Composer(model)
+            names = []
+            for i, (source, _) in enumerate(common.sources):
+                names.append(f"source-{i}-{source.name}")
+                composer.add(names[-1], source)
+            composer.apply(dict(zip(names, (c for _, c in common.sources), strict=True)))
+            stack.callback(composer.revert)
+        run = TicketRun(
+            make_trainer=make_trainer,
+            model=model,
+            parts=common.parts,
+            folder=folder,
+            state=state,
+            iterations=iterations,
+            l1=common.l1,
+            seed=common.seed,
+            choice=choice or MaskChoice(),
+            phase1=phase1,
+        )
+        run.remember_theta0(common.theta0)
+        stack.callback(run.rewind_to_base)
+        yield run
 
 
 def _budgets(

@@ -18,13 +18,21 @@ from sparseft.training.hooks import (
     is_hf_trainer,
     remove_incomplete_checkpoints,
 )
+from sparseft.training.mask_choice import Batches
 from sparseft.training.rng import seed_everything
 from sparseft.training.state import RunState
 
 if TYPE_CHECKING:
     from sparseft.attachment import Attachment
 
-__all__ = ["MakeTrainer", "Phase", "TrainerLike", "run_phase", "trainer_settings"]
+__all__ = [
+    "MakeTrainer",
+    "Phase",
+    "TrainerLike",
+    "run_phase",
+    "trainer_batches",
+    "trainer_settings",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -112,6 +120,25 @@ def trainer_settings(trainer: Any) -> dict[str, Any]:
     settings = getattr(trainer, "settings", None)
     found = settings() if callable(settings) else {}
     return {"kind": type(trainer).__name__, **found}
+
+
+def trainer_batches(trainer: Any, model: nn.Module) -> Batches:
+    """Return a trainer's training batches, on the model's device, and its loss.
+
+    Raises:
+        TypeError: it shows no batches.
+    """
+    if is_hf_trainer(trainer):
+        return Batches(trainer.get_train_dataloader(), None)
+    batches = getattr(trainer, "batches", None)
+    if not callable(batches):
+        raise TypeError(
+            f"a selector by gradients needs batches; {type(trainer).__name__} has no batches(). "
+            "Use a Hugging Face Trainer, sparseft.training.LoopTrainer, or give "
+            "selector_options={'batches': ...}."
+        )
+    model.to(trainer.device)
+    return Batches(batches(), trainer.loss_fn)
 
 
 def _resume_point(trainer: Any, folder: Path) -> Path | None:

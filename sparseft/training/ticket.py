@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from sparseft._integrity import bits_equal
 from sparseft.adapter import Adapter
 from sparseft.errors import ResumeError
-from sparseft.selection import Masks, select
+from sparseft.selection import Masks
 from sparseft.training.hooks import PhaseHooks
+from sparseft.training.mask_choice import Batches, MaskChoice
 from sparseft.training.parameters import Trainables
-from sparseft.training.phases import MakeTrainer, Phase, run_phase
+from sparseft.training.phase1 import THETA0, Phase1
+from sparseft.training.phases import MakeTrainer, Phase, run_phase, trainer_batches
 from sparseft.training.rng import derive_seed
 from sparseft.training.state import RunState, TensorFile, save_tensors
 
@@ -41,7 +43,8 @@ class LotteryTicketResult:
         history: log of the phases behind it: the trainer's entries, each with ``"phase"`` added.
         state_dir: the run's folder.
         path: the adapter's file.
-        dense_path: safetensors file with the result of the last dense phase (full fine-tuning).
+        dense_path: safetensors file with the result of the last dense phase (full fine-tuning);
+            None where the selection needed none.
     """
 
     adapter: Adapter
@@ -49,7 +52,7 @@ class LotteryTicketResult:
     history: list[dict[str, Any]] = field(repr=False)
     state_dir: Path
     path: Path
-    dense_path: Path
+    dense_path: Path | None
 
     @property
     def nnz(self) -> int:
@@ -69,9 +72,9 @@ class TicketRun:
     iterations: int
     l1: tuple[float, float]
     seed: int
-    choose: dict[str, Any]
+    choice: MaskChoice
+    phase1: Phase1 | None = None
     theta0: Mapping[str, Tensor] = field(init=False, repr=False)
-    _phase_count: int = 0
 
     # -- theta0 -----------------------------------------------------------------------------------
 
@@ -81,10 +84,10 @@ class TicketRun:
         Args:
             known: a safetensors file of the base; what it holds bit for bit is not written again.
         """
-        path = self.folder / "theta0.safetensors"
+        path = (self.folder if self.phase1 is None else self.phase1.folder) / THETA0
         if path.exists():
             own = TensorFile(path)
-        elif self.state.phases:
+        elif self.state.phases or self.phase1 is not None:
             raise ResumeError(
                 f"{path} is gone but the run had begun; pass resume=False to start over."
             )
@@ -145,18 +148,16 @@ class TicketRun:
         budget: int,
     ) -> LotteryTicketResult:
         home = self.folder / f"iteration-{iteration}"
-        dense_key, sparse_key = (
-            f"iteration-{iteration}/dense",
-            f"iteration-{iteration}/sparse-nnz-{count}",
-        )
+        dense_key = f"iteration-{iteration}/dense"
+        sparse_key = f"iteration-{iteration}/sparse-nnz-{count}"
         adapter_path = home / f"adapter-nnz-{count}" / "adapter.safetensors"
         masks_path = home / f"masks-nnz-{count}.safetensors"
-        dense_path = home / "dense.safetensors"
+        dense = self.dense_path(iteration)
         if not self.state.done(sparse_key):
-            if not self.state.done(dense_key):
-                self._dense_phase(iteration, dense_key, home / "dense", dense_path, previous)
             if not masks_path.exists():
-                self._select(dense_path, masks_path, count, previous)
+                if dense is not None and self.phase1 is None and not self.state.done(dense_key):
+                    self.dense_phase(iteration, previous)
+                self._select(dense, iteration, counts, previous)
             self._sparse_phase(
                 iteration,
                 sparse_key,
@@ -165,19 +166,28 @@ class TicketRun:
                 previous,
                 lambda adapter: finish(adapter, budget).save(adapter_path),
             )
-        history = [
-            {"phase": key, **entry}
-            for key in (dense_key, sparse_key)
-            for entry in self.state.phases.get(key, {}).get("history", [])
-        ]
+        before = self.phase1.history if self.phase1 is not None else self._history(dense_key)
+        history = [{"phase": dense_key, **entry} for entry in before]
+        history += [{"phase": sparse_key, **entry} for entry in self._history(sparse_key)]
         return LotteryTicketResult(
             adapter=Adapter.load(adapter_path),
             masks=Masks.load(masks_path),
             history=history,
             state_dir=self.folder,
             path=adapter_path,
-            dense_path=dense_path,
+            dense_path=dense,
         )
+
+    def _history(self, key: str) -> list[dict[str, Any]]:
+        return self.state.phases.get(key, {}).get("history", [])
+
+    def dense_path(self, iteration: int) -> Path | None:
+        """Return where the result of an iteration's dense phase lies, None if there is none."""
+        if self.phase1 is not None:
+            return self.phase1.dense
+        if not self.choice.needs_dense:
+            return None
+        return self.folder / f"iteration-{iteration}" / "dense.safetensors"
 
     def _begin(self, previous: Adapter | None) -> None:
         """Put the model where an iteration begins: at theta0, or where the last iteration ended."""
@@ -192,9 +202,10 @@ class TicketRun:
             for name, value in previous.dense.items():
                 self.parts.full[name].copy_(value)
 
-    def _dense_phase(
-        self, iteration: int, key: str, folder: Path, result: Path, previous: Adapter | None
-    ) -> None:
+    def dense_phase(self, iteration: int, previous: Adapter | None) -> None:
+        """Train every candidate, and keep the result in the run's folder."""
+        key = f"iteration-{iteration}/dense"
+        folder = self.folder / key
         self._begin(previous)
         trained = self.parts.trained
         ids = {id(p) for p in trained.values()}
@@ -217,28 +228,52 @@ class TicketRun:
         history = run_phase(
             self.make_trainer, self.model, phase, key=key, state=self.state, hooks=hooks
         )
-        self.parts.save(result)
+        self.parts.save(folder.with_suffix(".safetensors"))
         self.state.finish(key, history=history)
         _clear_loop_checkpoints(folder)
 
     def _delta(self, name: str, parameter: nn.Parameter) -> Callable[[], Tensor]:
         return lambda: parameter.detach() - self.theta0[name].to(parameter.device)
 
-    def _select(self, dense: Path, masks: Path, count: int, previous: Adapter | None) -> None:
-        self.parts.load_file(dense)
+    def _select(
+        self, dense: Path | None, iteration: int, counts: list[int], previous: Adapter | None
+    ) -> None:
+        """Choose the masks of all budgets, and keep them in the run's folder."""
+        # Differences are theta1 - theta0; weights and gradients are looked at where training
+        # begins.
+        if dense is not None and self.choice.needs_dense:
+            self.parts.load_file(dense)
+        else:
+            self._begin(previous)
         base: Mapping[str, Tensor] = self.theta0
         if previous is not None:
             base = _FarFromOld(self.parts, self.theta0, previous)
-        chosen = select(
+        home = self.folder / f"iteration-{iteration}"
+        batches = self._batches(iteration) if self.choice.needs_batches else None
+        found = self.choice.masks(
             self.model,
-            nnz=count,
+            counts,
             base=base,
             include=list(self.parts.candidates),
             seed=self.seed,
-            **self.choose,
+            batches=batches,
         )
-        chosen.save(masks)
-        logger.info("selected %s entries", f"{chosen.nnz:,}")
+        for count, masks in zip(counts, found, strict=True):
+            masks.save(home / f"masks-nnz-{count}.safetensors")
+            logger.info("selected %s entries", f"{masks.nnz:,}")
+
+    def _batches(self, iteration: int) -> Batches:
+        """Return the training batches, from a trainer as the dense phase would have it."""
+        key = f"iteration-{iteration}/dense"
+        phase = Phase(
+            name="dense",
+            iteration=iteration,
+            index=2 * iteration,
+            output_dir=self.folder / key,
+            seed=derive_seed(self.seed, key),
+            parameters=self.parts.trained,
+        )
+        return trainer_batches(self.make_trainer(self.model, phase), self.model)
 
     def _sparse_phase(
         self,
