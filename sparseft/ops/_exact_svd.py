@@ -6,7 +6,11 @@ import torch
 
 from sparseft.ops._svd_problem import Factors, Problem, full_precision, right_factor
 
-__all__ = ["gram_svd", "plain_svd"]
+__all__ = ["GRAM_ENTRIES", "gram_svd", "plain_svd"]
+
+# Entries of a matrix that are in fp64 at a time for its Gram: an embedding's would weigh twice what
+# it does. Linear layers up to 2048 x 8192 go whole.
+GRAM_ENTRIES = 1 << 24
 
 # Up to this short side all matrices are decomposed by one batched call, beyond one at a time: the
 # fp64 copies of a whole chunk would weigh twice what the chunk does.
@@ -21,9 +25,11 @@ def gram_svd(problem: Problem) -> Factors:
     a = problem.a
     batch, s, _ = a.shape
     grams = torch.empty((batch, s, s), dtype=torch.float64, device=a.device)
+    grams.zero_()
     for gram, matrix in zip(grams, a, strict=True):
-        wide = matrix.double()
-        torch.mm(wide, wide.mT, out=gram)
+        for part in matrix.split(max(1, GRAM_ENTRIES // s), dim=1):
+            wide = part.double()
+            gram.addmm_(wide, wide.mT)
     values, vectors = torch.linalg.eigh(grams)
     squares = values.flip(-1).clamp_min(0)
     ranks = problem.ranks(squares, squares.sum(-1)).clamp_max(s)

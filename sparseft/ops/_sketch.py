@@ -7,11 +7,14 @@ from torch import Tensor
 
 from sparseft.ops._rounding import philox
 
-__all__ = ["sign_sketch"]
+__all__ = ["SKETCH_ROWS", "sign_sketch"]
 
 # Keeps these random words apart from those of stochastic rounding, whose tensors and steps count
 # from 0.
 _TENSOR, _STEP = 0x5BD1E995, 0xFFFFFFFF
+
+# Rows drawn at a time: their words and bits are int64, several times the size of the result.
+SKETCH_ROWS = 1 << 14
 
 
 def sign_sketch(
@@ -26,11 +29,15 @@ def sign_sketch(
     if not (rows and columns):
         return torch.zeros((rows, len(columns)), dtype=dtype, device=device)
     first, last = columns.start // 32, (columns.stop - 1) // 32
-    row = torch.arange(rows, dtype=torch.int64, device=device)[:, None]
     block = torch.arange(first, last + 1, dtype=torch.int64, device=device)[None, :]
-    low, high = torch.broadcast_tensors(row, block)
-    words = philox(seed, low, high, _TENSOR, _STEP)
     bit = torch.arange(32, dtype=torch.int64, device=device)
-    bits = ((words[:, :, None] >> bit) & 1).view(rows, -1)
     start = columns.start - 32 * first
-    return (2 * bits[:, start : start + len(columns)] - 1).to(dtype)
+    out = torch.empty((rows, len(columns)), dtype=dtype, device=device)
+    for at in range(0, rows, SKETCH_ROWS):
+        row = torch.arange(at, min(at + SKETCH_ROWS, rows), dtype=torch.int64, device=device)[
+            :, None
+        ]
+        words = philox(seed, *torch.broadcast_tensors(row, block), _TENSOR, _STEP)
+        bits = ((words[:, :, None] >> bit) & 1).view(len(row), -1)
+        out[at : at + SKETCH_ROWS] = 2 * bits[:, start : start + len(columns)] - 1
+    return out

@@ -1,7 +1,8 @@
 """A whole model's matrices in batches of one shape, within a memory budget.
 
 Linear layers of a transformer come in a handful of shapes, and a tall one is a wide one transposed:
-`plan_svd` puts them together, `SvdPlan.run` fills one buffer per chunk and hands out the results.
+`plan_svd` puts them together, `SvdPlan.run` fills one buffer per chunk and hands out the results,
+`SvdPlan.run_chunks` the buffers as well.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from sparseft._text import human_bytes, parse_bytes
 from sparseft.errors import DecompositionError, OptionError
 from sparseft.ops._block_svd import BLOCK
 from sparseft.ops._common import accumulation_dtype
+from sparseft.ops._exact_svd import GRAM_ENTRIES
 from sparseft.ops._rank_rules import RankRule
+from sparseft.ops._sketch import SKETCH_ROWS
 from sparseft.ops.truncated_svd import Method, TruncatedSVD, choose_method, truncated_svd
 
 __all__ = ["SvdChunk", "SvdPlan", "plan_svd"]
@@ -78,33 +81,54 @@ class SvdPlan:
             DecompositionError: a matrix of another shape than planned; as `truncated_svd`.
         """
         for chunk in self.chunks:
-            yield from _split(chunk, self._decompose(chunk, load, device))
+            ahead = [load(chunk.names[0]).detach()]  # says where, if the caller does not
+
+            def fill(name: str, out: Tensor, ahead: list[Tensor] = ahead) -> None:
+                matrix = ahead.pop() if ahead else load(name).detach()
+                if matrix.shape != out.shape:
+                    raise DecompositionError(
+                        f"plan_svd: {name!r} has shape {tuple(matrix.shape)} but was planned as "
+                        f"{tuple(out.shape)}."
+                    )
+                out.copy_(matrix)
+
+            where = ahead[0].device if device is None else device
+            yield from _split(chunk, self._decompose(chunk, fill, where)[1])
+
+    def run_chunks(
+        self,
+        fill: Callable[[str, Tensor], object],
+        *,
+        device: torch.device | str,
+    ) -> Iterator[tuple[SvdChunk, Tensor, TruncatedSVD]]:
+        """Decompose everything, and hand out the chunks' buffers to go on working in.
+
+        Args:
+            fill: called once per name with the matrix to write: (m, n) of `dtype`, uninitialised,
+                in the matrix's own orientation, so that tall ones are strided.
+            device: where the buffers lie and the work is done.
+
+        Yields:
+            The chunk; its buffer (B, s, t), as it was filled and now the caller's; the result for
+            the whole chunk in that orientation, zeros beyond each matrix's rank.
+
+        Raises:
+            DecompositionError: as `truncated_svd`.
+        """
+        for chunk in self.chunks:
+            # Nothing is kept here: what the caller drops is free before the next chunk.
+            yield chunk, *self._decompose(chunk, fill, device)
 
     def _decompose(
         self,
         chunk: SvdChunk,
-        load: Callable[[str], Tensor],
-        device: torch.device | str | None,
-    ) -> TruncatedSVD:
-        buffer: Tensor | None = None
-        for i, (name, tall) in enumerate(zip(chunk.names, chunk.tall, strict=True)):
-            matrix = load(name).detach()
-            wanted = chunk.shape[::-1] if tall else chunk.shape
-            if tuple(matrix.shape) != wanted:
-                raise DecompositionError(
-                    f"plan_svd: {name!r} has shape {tuple(matrix.shape)} but was planned as "
-                    f"{wanted}."
-                )
-            if buffer is None:
-                buffer = torch.empty(
-                    (len(chunk.names), *chunk.shape),
-                    dtype=self.dtype,
-                    device=matrix.device if device is None else device,
-                )
-            buffer[i].copy_(matrix.mT if tall else matrix)
-        if buffer is None:
-            raise DecompositionError("plan_svd: a chunk of no matrices.")
-        return truncated_svd(buffer, names=chunk.names, **self.options)
+        fill: Callable[[str, Tensor], object],
+        device: torch.device | str,
+    ) -> tuple[Tensor, TruncatedSVD]:
+        buffer = torch.empty((len(chunk.names), *chunk.shape), dtype=self.dtype, device=device)
+        for name, tall, own in zip(chunk.names, chunk.tall, buffer, strict=True):
+            fill(name, own.mT if tall else own)
+        return buffer, truncated_svd(buffer, names=chunk.names, **self.options)
 
 
 def _split(chunk: SvdChunk, found: TruncatedSVD) -> Iterator[tuple[str, TruncatedSVD]]:
@@ -135,6 +159,7 @@ def plan_svd(
     oversample: int = 16,
     dtype: torch.dtype = torch.float32,
     memory: int | str = "1GiB",
+    oversized: Literal["refuse", "alone"] = "refuse",
 ) -> SvdPlan:
     """Group matrices by shape, tall with wide, into chunks that fit into memory.
 
@@ -146,10 +171,12 @@ def plan_svd(
         dtype: of the matrices; the work is done in float32, in float64 for float64.
         memory: bytes for a chunk and the work on it, as a number or as text: ``"2GiB"``. What the
             caller keeps of the results comes on top.
+        oversized: what to do with a matrix that needs more than that by itself: an error, or a
+            chunk of its own whose ``bytes`` say so.
 
     Raises:
-        DecompositionError: a tensor that is no matrix, or one that alone needs more than the
-            memory; names it.
+        DecompositionError: a tensor that is no matrix, or (``"refuse"``) one that alone needs more
+            than the memory; names it.
         OptionError: as `truncated_svd`; memory that is no number of bytes.
 
     Example:
@@ -158,6 +185,8 @@ def plan_svd(
         [(('up', 'down'), (4, 8)), (('query',), (4, 4))]
     """
     rule = RankRule(rank, energy, hard_threshold)
+    if oversized not in ("refuse", "alone"):
+        raise OptionError(f"plan_svd: oversized is {oversized!r}; wanted 'refuse' or 'alone'.")
     try:
         budget = parse_bytes(memory)
     except ValueError as error:
@@ -174,13 +203,13 @@ def plan_svd(
     chunks = []
     for shape, members in groups.items():
         shared, each = _bytes_needed(shape, rule, method, oversample, work.itemsize)
-        if shared + each > budget:
+        if shared + each > budget and oversized == "refuse":
             raise DecompositionError(
                 f"plan_svd: {members[0][0]!r} of shape {shape} (short side first) needs "
                 f"{human_bytes(shared + each)} by itself, memory is {human_bytes(budget)}; give "
                 "more, or leave the matrix out."
             )
-        most = (budget - shared) // max(each, 1)
+        most = max(1, (budget - shared) // max(each, 1))
         count = -(-len(members) // most)
         size, extra = divmod(len(members), count)
         start = 0
@@ -211,15 +240,18 @@ def _bytes_needed(
     # triangular solves, and as they are returned; on the short side less.
     column = t * (4 * 8 + 3 * itemsize) + s * (2 * 8 + 4 * itemsize)
     gram = 3 * 8 * s * s + kept * column  # Grams, eigenvectors, the solver's copy
-    once = s * t * (8 + itemsize)  # one matrix in fp64, one residual
+    once = min(s * t, GRAM_ENTRIES + t) * (8 + itemsize)  # a matrix in fp64, a residual, in parts
     if way == "svd":
+        once = s * t * (8 + itemsize)
         return once, own + 8 * (3 * s * t + 3 * s * s) + kept * column
     if way == "gram":
         return once, own + gram
     columns = min(s, (BLOCK if rule.rank is None else kept) + oversample)
+    if rule.rank is None:
+        columns = s if method == "block" else max(s // 4, columns)
+    sketch = t * columns * itemsize + 4 * 8 * min(t, SKETCH_ROWS) * (columns + 32)
     if rule.rank is not None:
-        return once + 4 * 8 * t * (columns + 32), own + columns * column
-    columns = s if method == "block" else max(s // 4, columns)
+        return once + sketch, own + columns * column
     # where block iteration gives up, a copy of those matrices meets what it found for the others
     each = own + max(columns * column, own + gram + columns * (8 + 2 * itemsize) * (s + t))
-    return once + 4 * 8 * t * (columns + 32), each
+    return once + sketch, each

@@ -27,7 +27,7 @@ from sparseft._text import did_you_mean
 from sparseft.errors import DecompositionError, OptionError
 from sparseft.ops._block_svd import BLOCK, Iteration, block_svd
 from sparseft.ops._common import accumulation_dtype
-from sparseft.ops._exact_svd import gram_svd, plain_svd
+from sparseft.ops._exact_svd import GRAM_ENTRIES, gram_svd, plain_svd
 from sparseft.ops._rank_rules import RankRule
 from sparseft.ops._svd_input import gathered, labels_of, wide_and_near_one
 from sparseft.ops._svd_problem import Factors, Problem, full_precision
@@ -283,10 +283,16 @@ def _residual(
     out = lost.sqrt()
     small = (lost <= _MEASURED * total) & (total > 0)
     scaled = left * values[:, None, :].to(left.dtype)
+    rows = max(1, GRAM_ENTRIES // max(1, right.shape[-2]))
     with full_precision(left.device):
         for i in small.nonzero().view(-1).tolist():
-            rest = torch.addmm(problem.a[i], scaled[i], right[i].mT, alpha=-1)
-            out[i] = torch.linalg.vector_norm(rest, dtype=torch.float64)
+            parts = [
+                torch.linalg.vector_norm(
+                    torch.addmm(some, mine, right[i].mT, alpha=-1), dtype=torch.float64
+                )
+                for some, mine in zip(problem.a[i].split(rows), scaled[i].split(rows), strict=True)
+            ]
+            out[i] = torch.linalg.vector_norm(torch.stack(parts))
     return out
 
 
