@@ -5,10 +5,32 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from numbers import Integral
+from typing import Any
 
 from sparseft.errors import MaskError
 
-__all__ = ["apportion", "spread", "total_nnz"]
+__all__ = ["all_nnz", "apportion", "is_several", "rows_of", "spread", "total_nnz"]
+
+
+def is_several(asked: object) -> bool:
+    """Whether nnz or density is a list of numbers, not one."""
+    return isinstance(asked, Sequence) and not isinstance(asked, str)
+
+
+def all_nnz(nnz: object, density: object, **candidates: Any) -> list[int]:
+    """Return the numbers of entries to keep, for nnz or density that may be one or a list.
+
+    Raises:
+        MaskError: as in `total_nnz`, of any of them; or an empty list.
+    """
+    if nnz is not None and density is not None:
+        raise MaskError("give nnz=... or density=..., one of the two; got both.")
+    for what, asked in (("nnz", nnz), ("density", density)):
+        if is_several(asked) and not asked:
+            raise MaskError(f"{what} is an empty list, wanted one number or more.")
+    every: Sequence[object] = nnz if is_several(nnz) else [nnz]  # type: ignore[assignment]
+    fractions: Sequence[object] = density if is_several(density) else [density]  # type: ignore[assignment]
+    return [total_nnz(n, d, **candidates) for n in every for d in fractions]
 
 
 def total_nnz(nnz: object, density: object, *, candidates: int, of: int, of_what: str) -> int:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Literal
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,71 +14,110 @@ from torch import Tensor, nn
 from sparseft.diff import SparsePattern, index_dtype_for
 from sparseft.errors import MaskError
 from sparseft.ops import StreamingTopK, topk_differences, topk_single
+from sparseft.ops._backend import current_backend
+from sparseft.ops.topk import TopK
 from sparseft.selection.counts import apportion, rows_of, spread
 from sparseft.selection.differences import Differences
 from sparseft.selection.registry import Piece
 
-__all__ = ["Scope", "keep_best", "keep_true"]
+__all__ = ["Kept", "Scope", "keep_best", "keep_true"]
 
 Scope = Literal["global", "tensor", "row"]
 
 
+class Kept(NamedTuple):
+    """A selection of some size.
+
+    Args:
+        patterns: name -> kept entries, of every candidate in order.
+        zeros: how many of them have score 0: they only fill the count.
+    """
+
+    patterns: dict[str, SparsePattern]
+    zeros: int
+
+
 def keep_best(
-    pieces: Iterable[Piece], parameters: Mapping[str, nn.Parameter], nnz: int, scope: Scope
-) -> tuple[dict[str, SparsePattern], int]:
-    """Return the ``nnz`` entries with the largest scores, exactly; ties to the earliest.
+    pieces: Iterable[Piece],
+    parameters: Mapping[str, nn.Parameter],
+    counts: Sequence[int],
+    scope: Scope,
+) -> list[Kept]:
+    """Return, for each count, the entries with the largest scores: exactly so many, ties to the
+    earliest. The scores are read once.
 
     Args:
         pieces: scores of all candidates in order (see `sparseft.selection.registry`).
         parameters: the candidates, sorted by name.
-        nnz: entries to keep in total.
+        counts: entries to keep in total; one or more numbers, in any order.
         scope: "global": the best of all. "tensor": each tensor keeps its share by size (largest
             remainders). "row": each tensor's share is spread evenly over its rows (what lies
             behind one index of dim 0), the first rows keep the units left over.
-
-    Returns:
-        The patterns, and how many of their entries have score 0: kept only to fill the count.
 
     Raises:
         MaskError: NaN or negative scores, naming the tensor; pieces out of order.
     """
     shapes = {name: p.shape for name, p in parameters.items()}
     sizes = [math.prod(shape) for shape in shapes.values()]
-    counts = dict(zip(shapes, apportion(nnz, sizes), strict=True))
+    divided = zip(*(apportion(count, sizes) for count in counts), strict=True)
+    shares = dict(zip(shapes, map(list, divided), strict=True))
     if isinstance(pieces, Differences) and scope != "row":
-        return _keep_moved(pieces, parameters, nnz if scope == "global" else counts)
+        return _keep_moved(pieces, parameters, counts if scope == "global" else shares)
     keeper: _Keeper
     if scope == "global":
-        keeper = _Global(nnz)
+        keeper = _Global(counts)
     else:
-        keeper = _PerTensor(counts) if scope == "tensor" else _PerRow(counts)
-    chosen: dict[str, list[Tensor]] = {}
+        keeper = _PerTensor(shares) if scope == "tensor" else _PerRow(shares)
+    chosen: list[dict[str, list[Tensor]]] = [{name: [] for name in shapes} for _ in counts]
     for name, shape, tensor_pieces in by_tensor(pieces, shapes):
-        chosen[name] = keeper.tensor(name, shape, tensor_pieces)
+        keeper.tensor(name, shape, tensor_pieces, chosen)
     keeper.finish(chosen)
-    patterns = {
-        name: _pattern(chosen[name], shape, parameters[name].device)
-        for name, shape in shapes.items()
-    }
-    return patterns, keeper.zeros
+    return [
+        Kept(
+            {n: pattern_of(one[n], shape, parameters[n].device) for n, shape in shapes.items()},
+            zeros,
+        )
+        for one, zeros in zip(chosen, keeper.zeros, strict=True)
+    ]
 
 
 def _keep_moved(
-    differences: Differences, parameters: Mapping[str, nn.Parameter], nnz: int | dict[str, int]
-) -> tuple[dict[str, SparsePattern], int]:
-    """Keep the entries that moved most, over everything or each tensor's number of them, by the
+    differences: Differences,
+    parameters: Mapping[str, nn.Parameter],
+    counts: Sequence[int] | Mapping[str, list[int]],
+) -> list[Kept]:
+    """Keep the entries that moved most, over everything or each tensor's numbers of them, by the
     op: on a GPU no difference is formed.
     """
-    if isinstance(nnz, int):
-        found = [topk_differences(differences.pairs, nnz)]
+    if isinstance(counts, Mapping):
+        found = [_moved_most(iter([pair]), counts[pair[0]]) for pair in differences.pairs]
     else:
-        found = [topk_differences([pair], nnz[pair[0]]) for pair in differences.pairs]
-    patterns = {
-        name: pattern.to(parameters[name].device)
-        for top in found
-        for name, pattern in top.patterns.items()
-    }
-    return patterns, sum(top.zeros for top in found)
+        found = [_moved_most(iter(differences.pairs), counts)]
+    return [
+        Kept(
+            {n: p.to(parameters[n].device) for top in one for n, p in top.patterns.items()},
+            sum(top.zeros for top in one),
+        )
+        for one in zip(*found, strict=True)
+    ]
+
+
+def _moved_most(pairs: Iterator[tuple[str, Tensor, Tensor]], counts: Sequence[int]) -> list[TopK]:
+    """Return the ``counts`` largest differences; more than one count on a CPU from one walk, on a
+    GPU by a launch for each (two reads of the tensors: a few milliseconds for 278M of them).
+    """
+    if len(counts) == 1:
+        return [topk_differences(pairs, counts[0])]
+    first = next(pairs)  # a candidate there is always
+    asked, (_, theta1, theta0) = current_backend(), first
+    pairs = itertools.chain([first], pairs)
+    if asked == "triton" or (asked == "auto" and theta1.is_cuda and theta0.device == theta1.device):
+        held = list(pairs)
+        return [topk_differences(held, count) for count in counts]
+    top = _SeveralTopK(max(counts))
+    for pair in pairs:
+        top.add_difference(*pair)
+    return top.finish_each(counts)
 
 
 def keep_true(
@@ -99,7 +139,7 @@ def keep_true(
                     "many to keep."
                 )
             parts.append(SparsePattern.from_mask(mask).indices.to(torch.int64) + start)
-        chosen[name] = _pattern(parts, shape, parameters[name].device)
+        chosen[name] = pattern_of(parts, shape, parameters[name].device)
     return chosen
 
 
@@ -140,18 +180,19 @@ def by_tensor(
         raise MaskError("a method yielded scores past the last candidate.")
 
 
-def _pattern(parts: list[Tensor], shape: torch.Size, device: torch.device) -> SparsePattern:
+def pattern_of(parts: list[Tensor], shape: torch.Size, device: torch.device) -> SparsePattern:
+    """Return the pattern of flat positions that come in parts, ascending."""
     dtype = index_dtype_for(math.prod(shape))
     parts = [p.to(device=device, dtype=dtype) for p in parts if p.numel()]
     indices = torch.cat(parts) if parts else torch.empty(0, dtype=dtype, device=device)
     return SparsePattern._trusted(indices, shape)
 
 
-def _floating(scores: Tensor) -> Tensor:
+def floating(scores: Tensor) -> Tensor:
     return scores.float() if scores.dtype == torch.bool else scores
 
 
-def _check(name: str, start: int, scores: Tensor) -> None:
+def check_scores(name: str, start: int, scores: Tensor) -> None:
     """Say what is wrong with scores that the top-k refused, by the tensor's own name."""
     bad = torch.isnan(scores)
     if bool(bad.any()):
@@ -164,30 +205,56 @@ def _check(name: str, start: int, scores: Tensor) -> None:
         raise MaskError(f"scores of {name!r} hold negative values; wanted 0 or more.")
 
 
+class _SeveralTopK(StreamingTopK):
+    """The best entries at several counts from one pass: each count's are among the larger's."""
+
+    def finish_each(self, counts: Sequence[int]) -> list[TopK]:
+        """Return what `finish` of each count alone would; the object, made with the largest count,
+        is spent.
+        """
+        found: dict[int, TopK] = {}
+        for count in sorted(set(counts), reverse=True):
+            self._nnz = count
+            if count:
+                self._compact()
+            else:
+                self._segments, self._held = [], 0
+            left = self._segments
+            patterns = self.finish()
+            found[count] = TopK(patterns, self.zeros)
+            self._segments = left
+        self._segments = []
+        return [found[count] for count in counts]
+
+
 def _add(top: StreamingTopK, key: str, name: str, start: int, scores: Tensor) -> None:
-    scores = _floating(scores)
+    scores = floating(scores)
     try:
         top.add(key, scores)
     except MaskError:
-        _check(name, start, scores)
+        check_scores(name, start, scores)
         raise
+
+
+Chosen = list[dict[str, list[Tensor]]]  # for each count: name -> flat positions, in parts
 
 
 class _Keeper(ABC):
     """Consumes the scores of one tensor after another.
 
-    ``zeros``: of the entries kept, how many have score 0; known at the end.
+    ``zeros``: for each count, how many of the entries kept have score 0; known at the end.
     """
 
-    zeros: int = 0
+    def __init__(self, counts: int) -> None:
+        self.zeros = [0] * counts
 
     @abstractmethod
     def tensor(
-        self, name: str, shape: torch.Size, pieces: Iterator[tuple[int, Tensor]]
-    ) -> list[Tensor]:
-        """Return the chosen flat positions, ascending, or a list that `finish` fills."""
+        self, name: str, shape: torch.Size, pieces: Iterator[tuple[int, Tensor]], chosen: Chosen
+    ) -> None:
+        """Add the chosen flat positions, ascending, or leave that to `finish`."""
 
-    def finish(self, chosen: dict[str, list[Tensor]]) -> None:
+    def finish(self, chosen: Chosen) -> None:
         """Called after the last tensor."""
         return
 
@@ -195,84 +262,94 @@ class _Keeper(ABC):
 class _Global(_Keeper):
     """One top-k over everything; its "tensors" are the pieces, so nothing is put together."""
 
-    def __init__(self, nnz: int) -> None:
-        self._top = StreamingTopK(nnz)
-        self._room = nnz  # entries that no score above 0 has come for yet
+    def __init__(self, counts: Sequence[int]) -> None:
+        super().__init__(len(counts))
+        self._counts = counts
+        self._top = _SeveralTopK(max(counts))
         self._origin: dict[str, tuple[str, int]] = {}
 
     def tensor(
-        self, name: str, shape: torch.Size, pieces: Iterator[tuple[int, Tensor]]
-    ) -> list[Tensor]:
+        self, name: str, shape: torch.Size, pieces: Iterator[tuple[int, Tensor]], chosen: Chosen
+    ) -> None:
         for start, scores in pieces:
             key = str(len(self._origin))
             _add(self._top, key, name, start, scores)
             self._origin[key] = (name, start)
-            if self._room:
-                self._room -= min(self._room, int(scores.count_nonzero()))
-        return []
 
-    def finish(self, chosen: dict[str, list[Tensor]]) -> None:
-        for key, pattern in self._top.finish().items():
-            name, start = self._origin[key]
-            if pattern.nnz:
-                chosen[name].append(pattern.indices.to(torch.int64) + start)
-        self.zeros = self._room
+    def finish(self, chosen: Chosen) -> None:
+        for i, top in enumerate(self._top.finish_each(self._counts)):
+            for key, pattern in top.patterns.items():
+                name, start = self._origin[key]
+                if pattern.nnz:
+                    chosen[i][name].append(pattern.indices.to(torch.int64) + start)
+            self.zeros[i] += top.zeros
 
 
 class _PerTensor(_Keeper):
-    def __init__(self, counts: Mapping[str, int]) -> None:
-        self._counts = counts
+    """Each tensor a top-k of its own.
+
+    Args:
+        shares: of every tensor, its part of each count.
+    """
+
+    def __init__(self, shares: Mapping[str, list[int]]) -> None:
+        super().__init__(len(next(iter(shares.values()))))
+        self._shares = shares
 
     def tensor(
-        self, name: str, shape: torch.Size, pieces: Iterator[tuple[int, Tensor]]
-    ) -> list[Tensor]:
-        one = _Global(self._counts[name])
-        one.tensor(name, shape, pieces)
-        chosen: dict[str, list[Tensor]] = {name: []}
+        self, name: str, shape: torch.Size, pieces: Iterator[tuple[int, Tensor]], chosen: Chosen
+    ) -> None:
+        one = _Global(self._shares[name])
+        one.tensor(name, shape, pieces, chosen)
         one.finish(chosen)
-        self.zeros += one.zeros
-        return chosen[name]
+        self.zeros = [a + b for a, b in zip(self.zeros, one.zeros, strict=True)]
 
 
-class _PerRow(_Keeper):
+class _PerRow(_PerTensor):
     """Rows are ranked as soon as they are complete; at most one piece and one row are held."""
 
-    def __init__(self, counts: Mapping[str, int]) -> None:
-        self._counts = counts
-
     def tensor(
-        self, name: str, shape: torch.Size, pieces: Iterator[tuple[int, Tensor]]
-    ) -> list[Tensor]:
+        self, name: str, shape: torch.Size, pieces: Iterator[tuple[int, Tensor]], chosen: Chosen
+    ) -> None:
         rows = rows_of(shape)
         if rows <= 1:
-            whole = _PerTensor(self._counts)
-            kept = whole.tensor(name, shape, pieces)
-            self.zeros += whole.zeros
-            return kept
-        width = math.prod(shape) // rows
-        each, more = spread(self._counts[name], rows)
-        chosen: list[Tensor] = []
-        held: list[Tensor] = []
-        row = size = 0
-        for _, scores in pieces:
-            held.append(_floating(scores))
-            size += scores.numel()
-            full = size // width
-            if not full:
-                continue
-            table = torch.cat(held) if len(held) > 1 else held[0]
-            held, size = [table[full * width :]], size - full * width
-            table = table[: full * width].view(full, width)
-            edge = min(max(more - row, 0), full)  # rows before it keep one more
-            for first, last, count in ((0, edge, each + 1), (edge, full, each)):
-                if last > first:
-                    try:
-                        best = topk_single(table[first:last], count, per_row=True, name=name)
-                    except MaskError:
-                        _check(name, (row + first) * width, table[first:last].reshape(-1))
-                        raise
-                    chosen.append(best.indices.to(torch.int64) + (row + first) * width)
-                    above = table[first:last].count_nonzero(dim=1)
-                    self.zeros += int((count - above).clamp_(min=0).sum())
-            row += full
-        return chosen
+            super().tensor(name, shape, pieces, chosen)
+            return
+        for row, table in whole_rows(pieces, math.prod(shape) // rows):
+            for i, share in enumerate(self._shares[name]):
+                chosen[i][name] += self._best(i, name, row, table, *spread(share, rows))
+
+    def _best(
+        self, i: int, name: str, row: int, table: Tensor, each: int, more: int
+    ) -> Iterator[Tensor]:
+        """Yield the best ``each`` entries of every row, one more of the first ``more`` rows."""
+        full, width = table.shape
+        edge = min(max(more - row, 0), full)  # rows before it keep one more
+        for first, last, count in ((0, edge, each + 1), (edge, full, each)):
+            if last > first:
+                try:
+                    best = topk_single(table[first:last], count, per_row=True, name=name)
+                except MaskError:
+                    check_scores(name, (row + first) * width, table[first:last].reshape(-1))
+                    raise
+                yield best.indices.to(torch.int64) + (row + first) * width
+                above = table[first:last].count_nonzero(dim=1)
+                self.zeros[i] += int((count - above).clamp_(min=0).sum())
+
+
+def whole_rows(pieces: Iterable[tuple[int, Tensor]], width: int) -> Iterator[tuple[int, Tensor]]:
+    """Yield (first row, (rows, width) scores) of a tensor's pieces, as soon as rows are complete:
+    at most one piece and one row are held.
+    """
+    held: list[Tensor] = []
+    row = size = 0
+    for _, scores in pieces:
+        held.append(floating(scores))
+        size += scores.numel()
+        full = size // width
+        if not full:
+            continue
+        table = torch.cat(held) if len(held) > 1 else held[0]
+        held, size = [table[full * width :]], size - full * width
+        yield row, table[: full * width].view(full, width)
+        row += full

@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, overload
 
 from torch import nn
 
+from sparseft._registry import Registered
 from sparseft._text import did_you_mean
 from sparseft.diff import MaskLike, SparsePattern, as_pattern
 from sparseft.errors import MaskError
 from sparseft.modules import ParameterIndex
-from sparseft.selection.counts import total_nnz
+from sparseft.selection.counts import all_nnz, is_several
 from sparseft.selection.masks import Masks
 from sparseft.selection.patterns import names_between
 from sparseft.selection.registry import REGISTRY, Candidates
-from sparseft.selection.scopes import Scope, keep_best, keep_true
+from sparseft.selection.scopes import Kept, Scope, keep_best, keep_true
 from sparseft.selection.source import Source
 
 __all__ = ["candidates_of", "select"]
 
 logger = logging.getLogger(__name__)
+
+DensityOf = Literal["candidates", "model"]
 
 
 def candidates_of(
@@ -46,13 +49,14 @@ def candidates_of(
     return Candidates(model, parameters)
 
 
+@overload
 def select(
     model: nn.Module,
     method: str = "magnitude",
     *,
     nnz: int | None = None,
     density: float | None = None,
-    density_of: Literal["candidates", "model"] = "candidates",
+    density_of: DensityOf = "candidates",
     scope: Scope = "global",
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] = (),
@@ -60,7 +64,46 @@ def select(
     tuned: Source | None = None,
     seed: int = 0,
     **options: Any,
-) -> Masks:
+) -> Masks: ...
+
+
+@overload
+def select(
+    model: nn.Module,
+    method: str = "magnitude",
+    *,
+    nnz: Sequence[int],
+    density: None = None,
+    **others: Any,
+) -> list[Masks]: ...
+
+
+@overload
+def select(
+    model: nn.Module,
+    method: str = "magnitude",
+    *,
+    nnz: None = None,
+    density: Sequence[float],
+    **others: Any,
+) -> list[Masks]: ...
+
+
+def select(
+    model: nn.Module,
+    method: str = "magnitude",
+    *,
+    nnz: int | Sequence[int] | None = None,
+    density: float | Sequence[float] | None = None,
+    density_of: DensityOf = "candidates",
+    scope: Scope = "global",
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] = (),
+    base: Source | None = None,
+    tuned: Source | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> Masks | list[Masks]:
     """Choose exactly ``nnz`` entries of a model's parameters.
 
     Entries are ranked by the method's scores; ties go to the first by (canonical parameter name,
@@ -71,8 +114,10 @@ def select(
         model: its parameters are read, never changed. Tied parameters count once.
         method: a name from `selectors`: "magnitude" (largest ``|theta1 - theta0|``: needs
             ``base``), "random" (``seed``), "file" (``path=``), "function" (``fn=``), ...
-        nnz: entries to keep in total.
-        density: fraction to keep, in (0, 1]; instead of ``nnz``.
+        nnz: entries to keep in total. A list of numbers gives a list of `Masks`, each what its
+            number alone would give, from one computation of the scores; nested with scope
+            "global".
+        density: fraction to keep, in (0, 1], or a list of them; instead of ``nnz``.
         density_of: what density is a fraction of: the candidates' entries, or those of all
             floating parameters of the model.
         scope: "global"; "tensor" (every tensor its share by size) or "row" (every row of every
@@ -88,7 +133,8 @@ def select(
 
     Returns:
         `Masks`: every candidate's name -> `SparsePattern`, on the parameter's device, sorted by
-        name; candidates without a kept entry have an empty pattern.
+        name; candidates without a kept entry have an empty pattern. A list of them, in order, for
+        a list of numbers.
 
     Raises:
         MaskError: nnz and density both or neither given (masks from a file or function need
@@ -115,7 +161,7 @@ def select(
     entry = REGISTRY.get(method)
     for what, value, kind in (
         ("scope", scope, Scope),
-        ("density_of", density_of, Literal["candidates", "model"]),
+        ("density_of", density_of, DensityOf),
     ):
         if value not in get_args(kind):
             raise MaskError(
@@ -131,39 +177,47 @@ def select(
     )
     REGISTRY.check_options(method, arguments)
     candidates = candidates_of(model, include, exclude)
-    count = None
+    counts: list[int] = []
     if nnz is not None or density is not None or entry.traits["kind"] == "scores":
         of = candidates.numel
         if density_of == "model":
             of = sum(p.numel() for _, p in ParameterIndex(model).items() if p.is_floating_point())
         what = "candidate entries" if density_of == "candidates" else "model entries"
-        count = total_nnz(nnz, density, candidates=candidates.numel, of=of, of_what=what)
+        counts = all_nnz(nnz, density, candidates=candidates.numel, of=of, of_what=what)
     chosen = entry.fn(candidates, **arguments)
     if entry.traits["kind"] == "patterns":
-        masks = _checked(method, chosen, candidates, count)
-    elif count is None:
-        masks = keep_true(chosen, candidates.parameters)
+        masks = _checked(method, chosen, candidates, counts)
+        kept = [Kept(masks, 0)] * max(1, len(counts))
+    elif not counts:
+        kept = [Kept(keep_true(chosen, candidates.parameters), 0)]
     else:
-        masks, zeros = keep_best(chosen, candidates.parameters, count, scope)
-        if zeros:
-            if zeros == count and "base" in arguments:  # nothing moved, or base is another's
-                advice = "Is base the model as it was before training, and this one trained?"
-            else:
-                fewer = f"ask for nnz={count - zeros} or fewer"
-                fix = fewer if scope == "global" else "scope='global'"
-                advice = f"Fix: {fix}, or exclude=[...] what training does not reach."
-            logger.warning(
-                "%s entries were asked for, but %r finds only %s with a score above 0 (scope %s): "
-                "the other %s kept %s and are just the first by name and position. %s",
-                f"{count:,}", method, f"{count - zeros:,}", scope, f"{zeros:,}",
-                entry.traits["zero"], advice,
-            )  # fmt: skip
-    result = Masks(masks)
-    logger.info(
-        "selected %s of %s entries (density %.4g) in %d tensors by %s, scope %s",
-        f"{result.nnz:,}", f"{result.numel:,}", result.density, len(result), method, scope,
+        kept = keep_best(chosen, candidates.parameters, counts, scope)
+        for count, (_, zeros) in zip(counts, kept, strict=True):
+            if zeros:
+                _warn_of_zeros(count, zeros, entry, scope, based="base" in arguments)
+    several = [Masks(patterns) for patterns, _ in kept]
+    for masks in several:
+        logger.info(
+            "selected %s of %s entries (density %.4g) in %d tensors by %s, scope %s",
+            f"{masks.nnz:,}", f"{masks.numel:,}", masks.density, len(masks), method, scope,
+        )  # fmt: skip
+    return several if is_several(nnz) or is_several(density) else several[0]
+
+
+def _warn_of_zeros(count: int, zeros: int, entry: Registered, scope: Scope, *, based: bool) -> None:
+    """Say that entries of score 0 were kept, and what to do about it."""
+    if zeros == count and based:  # nothing moved, or base is another's
+        advice = "Is base the model as it was before training, and this one trained?"
+    else:
+        fewer = f"ask for nnz={count - zeros} or fewer"
+        fix = fewer if scope == "global" else "scope='global'"
+        advice = f"Fix: {fix}, or exclude=[...] what training does not reach."
+    logger.warning(
+        "%s entries were asked for, but %r finds only %s with a score above 0 (scope %s): the "
+        "other %s kept %s and are just the first by name and position. %s",
+        f"{count:,}", entry.name, f"{count - zeros:,}", scope, f"{zeros:,}", entry.traits["zero"],
+        advice,
     )  # fmt: skip
-    return result
 
 
 def _not_a_name(method: object) -> str:
@@ -188,9 +242,9 @@ def _not_a_name(method: object) -> str:
 
 
 def _checked(
-    method: str, chosen: dict[str, MaskLike], candidates: Candidates, count: int | None
+    method: str, chosen: Mapping[str, MaskLike], candidates: Candidates, counts: Sequence[int]
 ) -> dict[str, SparsePattern]:
-    """Check ready masks against the parameters, fill in those without, and compare the count."""
+    """Check ready masks against the parameters, fill in those without, and compare the counts."""
     masks = {}
     for name, parameter in candidates.parameters.items():
         mask = chosen.get(name)
@@ -198,9 +252,10 @@ def _checked(
             mask = SparsePattern.from_indices(parameter.new_empty(0).long(), tuple(parameter.shape))
         masks[name] = as_pattern(mask, name=name, shape=parameter.shape)
     total = sum(pattern.nnz for pattern in masks.values())
-    if count is not None and count != total:
-        raise MaskError(
-            f"{count:,} entries were asked for but the masks of {method!r} have {total:,}; leave "
-            "nnz and density out to take the masks as they are."
-        )
+    for count in counts:
+        if count != total:
+            raise MaskError(
+                f"{count:,} entries were asked for but the masks of {method!r} have {total:,}; "
+                "leave nnz and density out to take the masks as they are."
+            )
     return masks

@@ -118,6 +118,88 @@ def test_masks_nest_as_nnz_grows(method, scope, pair):
         smaller = masks
 
 
+class TestSeveralCounts:
+    """A list of counts: what each count alone gives, from scores that are computed once."""
+
+    COUNTS = (40, 3, NUMEL, 0, 40, 77)
+
+    @pytest.mark.parametrize("scope", ["global", "tensor", "row"])
+    @pytest.mark.parametrize("method", SCORING)
+    def test_each_is_what_its_count_alone_gives(self, method, scope, pair):
+        for dtype in (torch.float32, torch.float64):
+            base, tuned = pair(dtype)
+            given = arguments(method, base)
+            several = select(tuned, method, nnz=self.COUNTS, scope=scope, **given)
+            assert [masks.nnz for masks in several] == list(self.COUNTS)
+            for count, masks in zip(self.COUNTS, several, strict=True):
+                assert isinstance(masks, Masks)
+                assert masks.equals(select(tuned, method, nnz=count, scope=scope, **given)), count
+
+    def test_of_densities(self, pair):
+        base, tuned = pair()
+        several = select(tuned, density=[0.5, 0.1], base=base)
+        assert [masks.nnz for masks in several] == [58, 12]
+        assert several[1].equals(select(tuned, density=0.1, base=base))
+        [alone] = select(tuned, density=[0.1], base=base)
+        assert alone.equals(several[1])
+
+    @pytest.mark.parametrize("scope", ["global", "tensor", "row"])
+    def test_scores_are_computed_once(self, scope, pair):
+        _, tuned = pair()
+        asked = []
+
+        def score(name, parameter):
+            asked.append(name)
+            return parameter.abs()
+
+        select(tuned, "function", nnz=[5, 50, 20], fn=score, scope=scope)
+        assert asked == CANDIDATES
+
+    @pytest.mark.parametrize("scope", ["global", "tensor", "row"])
+    def test_differences_are_taken_once(self, scope, pair, monkeypatch):
+        from sparseft.ops import topk
+        from sparseft.selection import differences
+
+        base, tuned = pair()
+        taken = []
+
+        def count(new, old, of=topk.difference):
+            taken.append(new.numel())
+            return of(new, old)
+
+        monkeypatch.setattr(topk, "difference", count)
+        monkeypatch.setattr(differences, "difference", count)
+        select(tuned, nnz=[5, 50, 20], base=base, scope=scope)
+        assert sum(taken) == NUMEL
+
+    def test_masks_nest(self, pair):
+        base, tuned = pair()
+        several = select(tuned, nnz=list(range(NUMEL + 1)), base=base)
+        for small, large in zip(several, several[1:], strict=False):
+            for name, pattern in small.items():
+                assert set(pattern.indices.tolist()) <= set(large[name].indices.tolist())
+
+    def test_ready_masks_have_the_count_they_have(self, pair, tmp_path):
+        base, tuned = pair()
+        path = select(tuned, nnz=31, base=base).save(tmp_path / "m.safetensors")
+        assert [m.nnz for m in select(tuned, "file", path=path, nnz=[31, 31])] == [31, 31]
+        with pytest.raises(MaskError, match="30 entries were asked for but the masks .* have 31"):
+            select(tuned, "file", path=path, nnz=[31, 30])
+
+    def test_refusals(self, pair):
+        base, tuned = pair()
+        with pytest.raises(MaskError, match="nnz is an empty list"):
+            select(tuned, nnz=[], base=base)
+        with pytest.raises(MaskError, match="got both"):
+            select(tuned, nnz=[1, 2], density=[0.1], base=base)
+        with pytest.raises(MaskError, match=r"nnz is 2.5, wanted an integer"):
+            select(tuned, nnz=[1, 2.5], base=base)
+        with pytest.raises(MaskError, match=r"density is 7, wanted a fraction"):
+            select(tuned, density=(0.1, 7), base=base)
+        with pytest.raises(MaskError, match=r"nnz is '12', wanted an integer"):
+            select(tuned, nnz="12", base=base)
+
+
 def brute_force(scores, nnz):
     """Stable sort of (score descending, name, flat index)."""
     entries = [
