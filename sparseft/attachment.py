@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -33,6 +33,7 @@ from sparseft.modules.leaves import MaskedParameter, leaf_attribute
 from sparseft.modules.mask_plan import check_roles, resolve_masks
 from sparseft.modules.names import ParameterIndex
 from sparseft.modules.regroup import regroup_
+from sparseft.modules.repattern import repattern_, resolve_changes
 from sparseft.modules.storage_stack import parents_of
 
 __all__ = ["Attachment", "MaskReport", "attach", "attachments_of"]
@@ -187,6 +188,7 @@ class Attachment:
         self._flags = [(p, p.requires_grad) for _, p in index.items()]
         self._full: list[FullParameter] = []
         self._hooks: list[tuple[nn.Module, int]] = []
+        self._at_detach: list[Callable[[], None]] = []
         model.__dict__.setdefault(ATTACHMENTS, []).append(self)
         try:
             for name, pattern in patterns.items():
@@ -391,6 +393,38 @@ class Attachment:
                 full[name].copy_(tensor)
         self.sync_()
 
+    def reselect_(
+        self, masks: Mapping[str, MaskLike], *, optimizer: Optimizer | Sequence[Optimizer] | None
+    ) -> int:
+        """Move masks in training; between a backward and the next forward, not inside a step.
+
+        Dropped entries get their base back, bit for bit. Kept ones keep diff, gradient and
+        optimizer state; grown ones start at zero. Leaves stay the same parameters.
+
+        Args:
+            masks: masked parameter name -> its new mask, of any count; others stay.
+            optimizer: the one (or all) that trains the leaves; None only before there is one.
+
+        Returns:
+            How many entries are new.
+
+        Raises:
+            UnknownNameError: a parameter that does not exist or is not masked.
+            MaskError: a mask of another shape, or without an entry.
+            AttachError: an optimizer without these leaves, or with state that is not entry-wise; a
+                count that changes while several processes train together.
+            StackOrderError: something was applied on top of a masked weight since.
+
+        Numerics: step counts stay per tensor, so grown entries enter AdamW without bias
+            correction of their own, see `sparseft.training.Reselection`. A CUDA graph captured
+            before has to be captured again.
+        """
+        self._check_active("reselect_")
+        changes = resolve_changes(ParameterIndex(self.model), self._masked, masks)
+        if not isinstance(optimizer, Sequence):
+            optimizer = [] if optimizer is None else [optimizer]
+        return repattern_(changes, optimizer)
+
     # Leaving.
 
     def detach(self, restore: bool = True) -> nn.Module:
@@ -442,6 +476,8 @@ class Attachment:
 
     def _forget(self) -> None:
         self._active = False
+        while self._at_detach:
+            self._at_detach.pop()()
         self.model.__dict__[ATTACHMENTS].remove(self)
         if not self.model.__dict__[ATTACHMENTS]:
             del self.model.__dict__[ATTACHMENTS]

@@ -1,0 +1,143 @@
+"""Move what an optimizer keeps per entry of a compact leaf when its mask moves.
+
+Every tensor of the leaf's shape moves entry by entry, bit for bit; an entry that is new starts at
+zero; scalars (step counts) stay. That holds for all of torch.optim's entry-wise rules and for ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparseft.errors import AttachError
+from sparseft.ops._common import bits
+from sparseft.ops._moments import QUANTUM, decode_moment, encode_moment_, scales_of
+
+__all__ = ["Moves", "check_state", "holding", "transplant_"]
+
+
+@dataclass(frozen=True)
+class Moves:
+    """Which entries of the old order are which of the new one.
+
+    Args:
+        old: (kept,) int64 positions in the old order, ascending.
+        new: (kept,) int64 positions of the same entries in the new order, ascending.
+        count: entries in the new order.
+    """
+
+    old: Tensor
+    new: Tensor
+    count: int
+
+    @classmethod
+    def between(cls, before: Tensor, after: Tensor) -> Moves:
+        """Match two vectors of ascending flat indices, of one device and dtype."""
+        if not before.numel():
+            none = torch.empty(0, dtype=torch.int64, device=after.device)
+            return cls(none, none, after.numel())
+        place = torch.searchsorted(before, after).clamp_(max=before.numel() - 1)
+        new = (before[place] == after).nonzero().view(-1)
+        return cls(place[new], new, after.numel())
+
+    def apply(self, x: Tensor) -> Tensor:
+        """Return (count,) entries: the kept ones of ``x``, moved bit for bit, zeros elsewhere."""
+        out = x.new_zeros(self.count)
+        target, source = (bits(t) if t.is_floating_point() else t for t in (out, x))
+        target[self.new.to(x.device)] = source[self.old.to(x.device)]
+        return out
+
+
+def holding(optimizers: Iterable[Any], leaf: nn.Parameter) -> list[Any]:
+    """Return the optimizers with ``leaf`` in one of their groups."""
+    return [
+        optimizer
+        for optimizer in optimizers
+        if any(p is leaf for group in optimizer.param_groups for p in group["params"])
+    ]
+
+
+def _eight_bit(state: Mapping[str, Any]) -> list[str]:
+    """Return the moments kept as codes with scales, as `sparseft.SparseAdamW` keeps them."""
+    codes = (key.removesuffix("_code") for key in state if key.endswith("_code"))
+    return [name for name in codes if f"{name}_scale" in state]
+
+
+def check_state(name: str, optimizer: Any, leaf: nn.Parameter) -> None:
+    """Raise AttachError where a leaf's state is not entry-wise: it could not be moved.
+
+    Args:
+        name: of the masked parameter.
+        optimizer: one that holds the leaf.
+        leaf: the leaf, before any change.
+    """
+    state = optimizer.state.get(leaf, {})
+    coded = {f"{n}{end}" for n in _eight_bit(state) for end in ("_code", "_scale")}
+    for key, value in state.items():
+        if key in coded or isinstance(value, int | float | str | None):
+            continue
+        if isinstance(value, Tensor):
+            scalar = value.numel() == 1 and value.shape != leaf.shape
+            if scalar or (value.shape == leaf.shape and value.is_floating_point()):
+                continue
+            got = f"{value.dtype} of shape {tuple(value.shape)}"
+        else:
+            got = f"a {type(value).__name__}"
+        raise AttachError(
+            f"{type(optimizer).__name__} keeps {key!r} of the leaf of {name!r} as {got}; only "
+            f"floating tensors of the leaf's shape {tuple(leaf.shape)} and scalars can move with a "
+            "mask. Use an entry-wise optimizer: torch.optim.AdamW, SGD, sparseft.SparseAdamW."
+        )
+
+
+def transplant_(optimizer: Any, leaf: nn.Parameter, moves: Moves) -> None:
+    """Bring a leaf's state, checked before, to the new order.
+
+    In place where the number of entries is unchanged: tensors keep their addresses.
+
+    Numerics: bit for bit, but for 8-bit moments whose block of 256 gets entries of several old
+        blocks: those take a new scale and are rounded once more, as at each step.
+    """
+    state = optimizer.state.get(leaf)
+    if not state:
+        return
+    shape = leaf.shape
+    eight = _eight_bit(state)
+    for name in eight:
+        code, scale = _move_codes(state[f"{name}_code"], state[f"{name}_scale"], moves)
+        _put(state, f"{name}_code", code)
+        _put(state, f"{name}_scale", scale)
+    done = {f"{name}_code" for name in eight} | {f"{name}_scale" for name in eight}
+    for key, value in list(state.items()):
+        if key not in done and isinstance(value, Tensor) and value.shape == shape:
+            _put(state, key, moves.apply(value))
+
+
+def _put(state: dict[str, Any], key: str, value: Tensor) -> None:
+    if state[key].shape == value.shape:
+        state[key].copy_(value)
+    else:
+        state[key] = value
+
+
+def _move_codes(codes: Tensor, scales: Tensor, moves: Moves) -> tuple[Tensor, Tensor]:
+    """Return codes and scales in the new order."""
+    blocks = scales_of(moves.count)
+    moved = torch.zeros(moves.count, dtype=codes.dtype, device=codes.device)
+    moment = moves.apply(decode_moment(codes, scales))
+    new_scales = scales.new_zeros(blocks)
+    encode_moment_(moment, moved, new_scales)
+    # Blocks with entries of one old block keep its scale, and so their codes.
+    at, origin = moves.new // QUANTUM, moves.old // QUANTUM
+    low = torch.full((blocks,), scales.numel(), dtype=torch.int64, device=codes.device)
+    high = torch.full_like(low, -1)
+    low.scatter_reduce_(0, at, origin, "amin")
+    high.scatter_reduce_(0, at, origin, "amax")
+    single = low == high
+    new_scales[single] = scales[low[single]]
+    entries = single.repeat_interleave(QUANTUM)[: moves.count]
+    return torch.where(entries, moves.apply(codes), moved), new_scales
