@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         extract_adapter,
         overlap_report,
     )
+    from sparseft.denoise import Denoise, denoised
     from sparseft.diff import SparseDiff, SparsePattern
     from sparseft.errors import SparseFtError
     from sparseft.ops import backend
@@ -33,6 +34,7 @@ _EXPORTS = {
     "Adapter": "sparseft.adapter",
     "Attachment": "sparseft.attachment",
     "Composer": "sparseft.composition",
+    "Denoise": "sparseft.denoise",
     "SeparateComposer": "sparseft.composition",
     "SparseAdamW": "sparseft.optim",
     "SparseDiff": "sparseft.diff",
@@ -44,6 +46,7 @@ _EXPORTS = {
     "attachments_of": "sparseft.attachment",
     "backend": "sparseft.ops",
     "compose_adapters": "sparseft.composition",
+    "denoised": "sparseft.denoise",
     "extract_adapter": "sparseft.composition",
     "lottery_ticket": "sparseft.training",
     "overlap_report": "sparseft.composition",
@@ -55,6 +58,7 @@ __all__ = [
     "Adapter",
     "Attachment",
     "Composer",
+    "Denoise",
     "SeparateComposer",
     "SparseAdamW",
     "SparseDiff",
@@ -67,6 +71,7 @@ __all__ = [
     "attachments_of",
     "backend",
     "compose_adapters",
+    "denoised",
     "extract_adapter",
     "lottery_ticket",
     "overlap_report",

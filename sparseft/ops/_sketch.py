@@ -37,7 +37,8 @@ def sign_sketch(
         row = torch.arange(at, min(at + SKETCH_ROWS, rows), dtype=torch.int64, device=device)[
             :, None
         ]
-        words = philox(seed, *torch.broadcast_tensors(row, block), _TENSOR, _STEP)
+        low, high = torch.broadcast_tensors(row, block)
+        words = philox(seed, low, high, _TENSOR, _STEP)
         bits = ((words[:, :, None] >> bit) & 1).view(len(row), -1)
         out[at : at + SKETCH_ROWS] = 2 * bits[:, start : start + len(columns)] - 1
     return out

@@ -5,8 +5,10 @@ masks they give. Does not belong here: the exact top-k (sparseft/ops/topk.py), p
 model (sparseft/attachment.py).
 """
 
+from sparseft.selection.deltas_svd import select_deltas_svd
 from sparseft.selection.file import select_file
 from sparseft.selection.function import select_function
+from sparseft.selection.low_rank import select_low_rank
 from sparseft.selection.magnitude import select_magnitude
 from sparseft.selection.masks import Masks
 from sparseft.selection.random import select_random
@@ -22,8 +24,10 @@ __all__ = [
     "candidates_of",
     "register_selector",
     "select",
+    "select_deltas_svd",
     "select_file",
     "select_function",
+    "select_low_rank",
     "select_magnitude",
     "select_random",
     "selectors",

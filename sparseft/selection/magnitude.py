@@ -11,7 +11,7 @@ from sparseft.selection.differences import Differences
 from sparseft.selection.registry import Candidates, register_selector
 from sparseft.selection.source import Source, TensorSource
 
-__all__ = ["select_magnitude"]
+__all__ = ["pairs_of", "select_magnitude"]
 
 
 @register_selector("magnitude", reference="https://arxiv.org/abs/2110.07560", zero="did not move")
@@ -34,10 +34,10 @@ def select_magnitude(
     On one GPU kernels take them as they read (`sparseft.ops.topk_differences`), for the scopes
     "global" and "tensor"; the masks are the same.
     """
-    return Differences(_pairs(candidates, base, tuned))
+    return Differences(pairs_of(candidates, base, tuned))
 
 
-def _pairs(
+def pairs_of(
     candidates: Candidates, base: Source, tuned: Source | None
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
     before = TensorSource(base, candidates.model, "base")

@@ -24,6 +24,7 @@ def arguments(method, base):
     """What each method needs besides a count; a new method without an entry must need nothing."""
     return {
         "magnitude": {"base": base},
+        "deltas_svd": {"base": base, "rank": 2, "residual": 0.2},
         "function": {"fn": lambda name, p: p.detach().float().abs()},
     }.get(method, {})
 
