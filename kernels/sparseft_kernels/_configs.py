@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 __all__ = [
     "COMPOSE",
+    "DIFFERENCE",
     "DOTS",
     "EMBEDDING_DIFF",
     "EMBEDDING_ROWS",
@@ -15,6 +16,8 @@ __all__ = [
     "MULTI_TENSOR",
     "OPTIMIZER",
     "PLACE_SHIFT",
+    "RESIDUAL",
+    "SKETCH",
     "SPMM_FEW",
     "SPMM_MANY",
     "SPMM_ONE",
@@ -23,13 +26,16 @@ __all__ = [
     "TRANSPOSE",
     "Config",
     "DotsConfig",
+    "ResidualConfig",
     "RowsConfig",
     "SampledPlan",
     "SpmmConfig",
     "Target",
     "TileConfig",
     "TopkConfig",
+    "cholesky_warps",
     "plan_sampled_grad",
+    "residual_precision",
     "tile_configs",
 ]
 
@@ -105,6 +111,39 @@ SPMM_FEW = SpmmConfig(block_t=4, block_m=16, block_k=16, num_warps=4)
 SPMM_MANY = SpmmConfig(block_t=32, block_m=16, block_k=4, num_warps=8)
 # A row of an embedding's diff has tens to hundreds of entries.
 EMBEDDING_DIFF = Config(block=128, num_warps=1)
+
+
+# ---- truncated SVD
+
+
+class ResidualConfig(NamedTuple):
+    """A tile of a matrix, columns of its factors per step, warps, pipeline stages."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+# Square tiles: where the output is transposed, lines of 128 bytes or more are read and written.
+DIFFERENCE = Config(block=64, num_warps=8)
+SKETCH = Config(block=64, num_warps=4)
+# One for all passes: the same tile sums a product in the same order, so that all see the same keys.
+# A running sum over a tile spills with 32 entries a thread, not with 16. (Compile-time finding.)
+RESIDUAL = ResidualConfig(block_m=64, block_n=64, block_k=32, num_warps=8, num_stages=2)
+
+
+def residual_precision(target: Target) -> str:
+    """Return how fp32 factors are multiplied: as three TF32 products, near fp32, where there are
+    such; AMD's matrix cores take fp32 as it is.
+    """
+    return "ieee" if target.kind == "hip" else "tf32x3"
+
+
+def cholesky_warps(padded: int) -> int:
+    """Return the warps of a program that holds two square matrices of ``padded`` in registers."""
+    return 8 if padded > 64 else 4
 
 
 # ---- sampled weight gradient

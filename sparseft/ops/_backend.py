@@ -32,16 +32,20 @@ _ENV = "SPARSEFT_BACKEND"
 _TRITON_OPS = frozenset(
     {
         "adamw_step_",
+        "cholesky_inverse",
         "compose_entries",
         "compose_entries_grad",
         "compose_many_",
+        "difference_",
         "embedding_diff",
         "gather_entries",
         "lion_step_",
+        "prune_residual_",
         "sampled_embedding_grad",
         "sampled_weight_grad",
         "segment_spmm",
         "sgd_step_",
+        "sign_sketch",
         "sparse_step_",
         "topk_differences",
         "topk_patterns",
@@ -51,7 +55,7 @@ _TRITON_OPS = frozenset(
 )
 
 # Those whose kernels take operands of any strides, instead of a copy or a refusal.
-_STRIDED_OPS = frozenset({"sampled_embedding_grad", "sampled_weight_grad"})
+_STRIDED_OPS = frozenset({"difference_", "sampled_embedding_grad", "sampled_weight_grad"})
 
 _log = logging.getLogger("sparseft.backend")
 # Process-wide on purpose: CUDA backward runs in autograd's own threads, which a thread-local or

@@ -9,9 +9,10 @@ Definitions, per matrix, with ``wide`` the widest dtype among the operands, at l
 
 The rest is never stored: it is recomputed, a block of rows at a time, once to find the keep-th
 largest and once to write. Keys are the bits of the float, whose integer order is the order of
-magnitudes. A sample of rows brackets the keep-th key; the first pass counts the keys above the
-bracket and lists those inside it, so that what is kept is a few percent of a matrix; where the
-sample misled (it steers and never decides), the pass runs again without it.
+magnitudes. On CPUs a sample of rows brackets the keep-th key; the first pass counts the keys above
+the bracket and lists those inside it, so that what is kept is a few percent of a matrix; where the
+sample misled (it steers and never decides), the pass runs again without it. On GPUs Triton kernels
+find it by histograms (sparseft_kernels/residual.py).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor
 
 from sparseft.errors import DecompositionError
+from sparseft.ops._backend import resolve_backend
 from sparseft.ops._svd_problem import full_precision
 
 __all__ = ["difference_", "difference_reference", "prune_residual_", "prune_residual_reference"]
@@ -96,7 +98,14 @@ def difference_(
         raise DecompositionError(
             f"difference_: out is {out.dtype} {tuple(out.shape)}; wanted float32 or float64 (m, n)."
         )
-    _difference_blocks(out.detach(), theta1.detach(), None if theta0 is None else theta0.detach())
+    new, old = theta1.detach(), None if theta0 is None else theta0.detach()
+    tensors = [x for x in (out, new, old) if x is not None]
+    if resolve_backend("difference_", *tensors, backend=backend) == "triton":
+        from sparseft_kernels.svd import launch_difference
+
+        launch_difference(out.detach(), new, old, _wide(out.dtype, new, old))
+    else:
+        _difference_blocks(out.detach(), new, old)
     return out
 
 
@@ -165,10 +174,38 @@ def prune_residual_(
         [[[4.0, 1.0], [1.0, 0.5]]]
     """
     counts = _checked(delta, left, right, keep)
-    _prune_blocks(
-        delta.detach(), left.detach().to(delta.dtype), right.detach().to(delta.dtype), counts
-    )
+    target = delta.detach()
+    left, right = (x.detach().to(delta.dtype) for x in (left, right))
+    why_not = _why_not(target)
+    if resolve_backend("prune_residual_", target, backend=backend, why_not=why_not) == "reference":
+        _prune_blocks(target, left, right, counts)
+        return delta
+    from sparseft_kernels.residual import NotRankable, launch_prune_residual
+
+    try:
+        launch_prune_residual(target, left.contiguous(), right.contiguous(), counts)
+    except NotRankable as error:
+        raise DecompositionError(_nan(f"matrix {error.matrix}", target[0])) from None
     return delta
+
+
+def _why_not(delta: Tensor) -> str | None:
+    """Return what keeps the kernels from these matrices."""
+    if delta.dtype != torch.float32:
+        return f"delta has dtype {delta.dtype}, the kernels take float32"
+    if delta.shape[0] >= 2**16 or delta.shape[2] >= 2**25 - 1:
+        return (
+            f"delta has shape {tuple(delta.shape)}, the kernels take fewer than 65536 matrices of "
+            "fewer than 33554431 columns"
+        )
+    return None
+
+
+def _nan(name: str, delta: Tensor) -> str:
+    return (
+        f"prune_residual_: {name} of shape {tuple(delta.shape)} or its low-rank part holds NaN; a "
+        "selection cannot rank it. Did a training step diverge?"
+    )
 
 
 def _checked(
@@ -284,11 +321,7 @@ def _between(
         top = _infinity(keys)
         found = keys[_above(keys, low)]
         if found.numel() and int(found.max()) > top:
-            raise DecompositionError(
-                f"prune_residual_: {name} of shape {tuple(delta.shape)} or its low-rank part holds "
-                f"NaN in rows {at.start} to {at.stop - 1}; a selection cannot rank it. Did a "
-                "training step diverge?"
-            )
+            raise DecompositionError(_nan(name, delta))
         if high is not None:
             inside = found[found <= high]
             above += found.numel() - inside.numel()

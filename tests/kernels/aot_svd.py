@@ -1,0 +1,122 @@
+"""Ahead-of-time cases of what surrounds a truncated SVD."""
+
+from __future__ import annotations
+
+from aot_harness import TARGETS, Case
+
+_NVIDIA = tuple(t for t in TARGETS if t.startswith("sm_"))
+_AMD = tuple(t for t in TARGETS if not t.startswith("sm_"))
+
+
+def _difference(name: str, types: tuple[str, str, str], ones: tuple[str, ...], wide: str) -> Case:
+    """Strides of ``ones`` are 1, the others multiples of 16."""
+    import triton.language as tl
+
+    from sparseft_kernels._configs import DIFFERENCE
+
+    pointers = ("theta1_ptr", "theta0_ptr", "out_ptr")
+    strides = [f"stride_{x}{d}" for x in "10o" for d in "mn"]
+    return Case(
+        f"svd_difference-{name}",
+        "svd",
+        "_difference_kernel",
+        {
+            **dict(zip(pointers, types, strict=True)),
+            **dict.fromkeys(("m", "n", *(s for s in strides if s not in ones)), "i32"),
+        },
+        {
+            "BLOCK": DIFFERENCE.block, "WIDE": getattr(tl, wide), "SUBTRACT": True,
+            **dict.fromkeys(ones, 1),
+        },
+        DIFFERENCE.num_warps,
+        (*pointers, "m", "n", *(s for s in strides if s not in ones)),
+        max_registers=128,
+    )  # fmt: skip
+
+
+def _residual(kernel: str, tables: dict[str, str], precision: str, **constants: object) -> Case:
+    from sparseft_kernels._configs import RESIDUAL
+
+    factored = ("delta_ptr", "left_ptr", "right_ptr")
+    sizes = ("m", "n", "r", *(("low", "high") if kernel == "histogram" else ()))
+    suffix = "-ties" if constants.get("TIES") else ""
+    return Case(
+        f"svd_residual-{kernel}-{precision}{suffix}",
+        "residual",
+        f"_residual_{kernel}_kernel",
+        {**dict.fromkeys(factored, "*fp32"), **tables, **dict.fromkeys(sizes, "i32")},
+        {
+            "BLOCK_M": RESIDUAL.block_m, "BLOCK_N": RESIDUAL.block_n, "BLOCK_K": RESIDUAL.block_k,
+            "PRECISION": precision, **constants,
+        },
+        RESIDUAL.num_warps,
+        (*factored, *tables, "n", "r"),
+        num_stages=RESIDUAL.num_stages,
+        max_registers=None,
+        needs_mma=True,
+        targets=_AMD if precision == "ieee" else _NVIDIA,
+    )  # fmt: skip
+
+
+def cases() -> list[Case]:
+    import triton.language as tl
+
+    from sparseft_kernels._configs import SKETCH, cholesky_warps
+
+    rows = ("stride_1n", "stride_0n", "stride_on")
+    out = [
+        _difference("bf16", ("*bf16", "*bf16", "*fp32"), rows, "float32"),
+        _difference(
+            "bf16-transposed", ("*bf16", "*bf16", "*fp32"),
+            ("stride_1n", "stride_0n", "stride_om"), "float32",
+        ),
+        _difference("fp32", ("*fp32", "*fp32", "*fp32"), rows, "float32"),
+        _difference("fp32-fp64", ("*fp32", "*fp64", "*fp64"), rows, "float64"),
+        Case(
+            "svd_sign_sketch",
+            "svd",
+            "_sign_sketch_kernel",
+            {"out_ptr": "*fp32", "seed": "i64", "rows": "i32", "first": "i32", "width": "i32"},
+            {
+                "BLOCK": SKETCH.block, "TENSOR": 0x5BD1E995, "STEP": 0xFFFFFFFF,
+                "DTYPE": tl.float32,
+            },
+            SKETCH.num_warps,
+            ("out_ptr",),
+            max_registers=64,
+        ),
+    ]  # fmt: skip
+    for r in (32, 64, 128):
+        vectors = {"gram_ptr": "*fp32", "shift_ptr": "*fp32", "inverse_ptr": "*fp32"}
+        out.append(
+            Case(
+                f"svd_cholesky_inverse-{r}",
+                "svd",
+                "_cholesky_inverse_kernel",
+                {**vectors, "failed_ptr": "*i32"},
+                {"R": r, "PADDED": r},
+                cholesky_warps(r),
+                (*vectors, "failed_ptr"),
+                max_registers=None,
+            )
+        )
+    state = {"histogram_ptr": "*i64", "state_ptr": "*i64"}
+    for precision in ("tf32x3", "ieee"):
+        out += [
+            _residual(
+                "histogram",
+                {"state_ptr": "*i64", "histogram_ptr": "*i64", "nan_ptr": "*i32"},
+                precision,
+            ),
+            _residual("ties", {"cut_ptr": "*i64", "ties_ptr": "*i32"}, precision),
+        ]
+        for ties, before in ((False, "*i64"), (True, "*i64")):
+            tables = {"cut_ptr": "*i64", "ties_ptr": "*i32", "before_ptr": before}
+            out.append(_residual("write", tables, precision, TIES=ties))
+    out.append(
+        Case(
+            "svd_residual-digit", "residual", "_residual_digit_kernel", {**state, "low": "i32"}, {},
+            4, tuple(state),
+        )
+    )  # fmt: skip
+    return out
