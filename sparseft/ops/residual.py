@@ -7,33 +7,24 @@ Definitions, per matrix, with ``wide`` the widest dtype among the operands, at l
                         delta[i] stays at the `keep` largest of rest, ties to the lowest flat index;
                         elsewhere delta[i] = low[i]
 
-The rest is never stored: it is recomputed, a block of rows at a time, once to find the keep-th
-largest and once to write. Keys are the bits of the float, whose integer order is the order of
-magnitudes. On CPUs a sample of rows brackets the keep-th key; the first pass counts the keys above
-the bracket and lists those inside it, so that what is kept is a few percent of a matrix; where the
-sample misled (it steers and never decides), the pass runs again without it. On GPUs Triton kernels
-find it by histograms (sparseft_kernels/residual.py).
+The rest is never stored: it is recomputed, once or more to find the keep-th largest and once to
+write, in blocks that stay in cache (`sparseft.ops._residual_blocks`) or in tiles on GPUs
+(sparseft_kernels/residual.py). Keys are the bits of the float, whose integer order is the order of
+magnitudes.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from sparseft.errors import DecompositionError
 from sparseft.ops._backend import resolve_backend
-from sparseft.ops._svd_problem import full_precision
+from sparseft.ops._residual_blocks import BLOCK, prune_blocks
 
 __all__ = ["difference_", "difference_reference", "prune_residual_", "prune_residual_reference"]
-
-# Entries of a block: with its low-rank part and its keys 3 MiB in fp32, which a core's L2 holds.
-_BLOCK = 1 << 18
-# One row in so many is sampled, at least so many rows.
-_SAMPLED, _LEAST_ROWS = 16, 16
 
 _FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -122,7 +113,7 @@ def _difference_blocks(out: Tensor, theta1: Tensor, theta0: Tensor | None) -> No
         out.copy_(theta1)
         return
     wide = _wide(out.dtype, theta1, theta0)
-    rows = out.shape[0] if out.device.type != "cpu" else max(1, _BLOCK // max(1, out.shape[1]))
+    rows = out.shape[0] if out.device.type != "cpu" else max(1, BLOCK // max(1, out.shape[1]))
     for start in range(0, out.shape[0], rows):
         at = slice(start, start + rows)
         old = theta0[at].to(device=out.device, dtype=wide)
@@ -176,16 +167,23 @@ def prune_residual_(
     counts = _checked(delta, left, right, keep)
     target = delta.detach()
     left, right = (x.detach().to(delta.dtype) for x in (left, right))
+
+    def refuse(number: int) -> Exception:
+        return DecompositionError(
+            f"prune_residual_: matrix {number} of shape {tuple(target.shape[1:])}, or its low-rank "
+            "part, holds NaN; a selection cannot rank it. Did a training step diverge?"
+        )
+
     why_not = _why_not(target)
     if resolve_backend("prune_residual_", target, backend=backend, why_not=why_not) == "reference":
-        _prune_blocks(target, left, right, counts)
+        prune_blocks(target, left, right, counts, refuse)
         return delta
     from sparseft_kernels.residual import NotRankable, launch_prune_residual
 
     try:
         launch_prune_residual(target, left.contiguous(), right.contiguous(), counts)
     except NotRankable as error:
-        raise DecompositionError(_nan(f"matrix {error.matrix}", target[0])) from None
+        raise refuse(error.matrix) from None
     return delta
 
 
@@ -199,13 +197,6 @@ def _why_not(delta: Tensor) -> str | None:
             "fewer than 33554431 columns"
         )
     return None
-
-
-def _nan(name: str, delta: Tensor) -> str:
-    return (
-        f"prune_residual_: {name} of shape {tuple(delta.shape)} or its low-rank part holds NaN; a "
-        "selection cannot rank it. Did a training step diverge?"
-    )
 
 
 def _checked(
@@ -243,123 +234,3 @@ def _counts(delta: Tensor, keep: int | Sequence[int]) -> tuple[int, ...]:
             "them."
         )
     return counts
-
-
-def _prune_blocks(delta: Tensor, left: Tensor, right: Tensor, counts: Sequence[int]) -> None:
-    with torch.autocast(delta.device.type, enabled=False), full_precision(delta.device):
-        # All before any is written: a NaN leaves every matrix as it was.
-        cuts = [
-            _cut(delta[i], left[i], right[i], k, f"matrix {i}")
-            if 0 < k < delta[i].numel()
-            else None
-            for i, k in enumerate(counts)
-        ]
-        for i, (k, cut) in enumerate(zip(counts, cuts, strict=True)):
-            if k < delta[i].numel():
-                _write(delta[i], left[i], right[i], cut)
-
-
-def _blocks(delta: Tensor) -> Iterator[slice]:
-    m, n = delta.shape
-    rows = m if delta.device.type != "cpu" else max(1, _BLOCK // n)
-    for start in range(0, m, rows):
-        yield slice(start, min(start + rows, m))
-
-
-def _keys(delta: Tensor, low: Tensor) -> Tensor:
-    """Return the magnitude bits of ``delta - low``, flat: int32, or int64 of float64."""
-    rest = (delta - low).view(-1)
-    if rest.dtype == torch.float64:
-        return rest.view(torch.int64).bitwise_and_(0x7FFF_FFFF_FFFF_FFFF)
-    return rest.view(torch.int32).bitwise_and_(0x7FFF_FFFF)
-
-
-def _infinity(keys: Tensor) -> int:
-    return 0x7FF0_0000_0000_0000 if keys.dtype == torch.int64 else 0x7F80_0000
-
-
-def _above(keys: Tensor, threshold: int) -> Tensor:
-    """Return int64 positions of keys above the threshold, ascending."""
-    if keys.device.type == "cpu":
-        # 0.13 ms with the gather for 256 Ki, a tenth of them above, against 0.57 by torch's mask
-        return torch.from_numpy(np.flatnonzero(keys.numpy() > threshold))
-    return (keys > threshold).nonzero().view(-1)
-
-
-def _largest(keys: Tensor, ranks: Sequence[int]) -> list[int]:
-    """Return the keys of these ranks, 1 the largest."""
-    places = [keys.numel() - r for r in ranks]
-    if keys.device.type == "cpu":
-        ranked = np.partition(keys.numpy(), places)  # 29 times faster than torch.topk
-        return [int(ranked[p]) for p in places]
-    ranked = keys.sort().values
-    return [int(ranked[p]) for p in places]
-
-
-def _cut(delta: Tensor, left: Tensor, right: Tensor, keep: int, name: str) -> tuple[int, int]:
-    """Return the keep-th largest key and how many keys equal to it are kept."""
-    m = len(left)
-    step = max(1, min(_SAMPLED, m // _LEAST_ROWS))
-    sample = _keys(delta[::step], left[::step] @ right)
-    size = sample.numel()
-    rank = max(1, keep * size // delta.numel())
-    # Entries of a row are no independent samples: more than their standard deviation.
-    margin = 4 * math.isqrt(rank) + size // 64 + 4
-    high, low = _largest(sample, (max(1, rank - margin), min(size, rank + margin)))
-    del sample
-    found = _between(delta, left, right, keep, low - 1, high, name)
-    return found or _between(delta, left, right, keep, -1, None, name) or (0, 0)
-
-
-def _between(
-    delta: Tensor, left: Tensor, right: Tensor, keep: int, low: int, high: int | None, name: str
-) -> tuple[int, int] | None:
-    """Return `_cut`, or None if the key sought is not in ``low < key <= high``."""
-    above, listed, held = 0, [], 0
-    for at in _blocks(delta):
-        keys = _keys(delta[at], left[at] @ right)
-        top = _infinity(keys)
-        found = keys[_above(keys, low)]
-        if found.numel() and int(found.max()) > top:
-            raise DecompositionError(_nan(name, delta))
-        if high is not None:
-            inside = found[found <= high]
-            above += found.numel() - inside.numel()
-            found = inside
-        if above >= keep:
-            return None
-        listed.append(found)
-        held += found.numel()
-        if held > 2 * keep + _BLOCK:  # only a misled, or no, bracket comes here
-            everything = torch.cat(listed)
-            (low,) = _largest(everything, (keep - above,))
-            kept = everything[everything > low]
-            ties = keep - above - kept.numel()
-            listed = [kept, kept.new_full((ties,), low)]
-            held = keep - above
-    keys = torch.cat(listed)
-    if keys.numel() < keep - above:
-        return None
-    (threshold,) = _largest(keys, (keep - above,))
-    return threshold, keep - above - int((keys > threshold).sum())
-
-
-def _write(delta: Tensor, left: Tensor, right: Tensor, cut: tuple[int, int] | None) -> None:
-    """Replace by the low-rank part what is below the cut, or everything."""
-    if cut is None:
-        torch.matmul(left, right, out=delta)
-        return
-    threshold, room = cut
-    for at in _blocks(delta):
-        low = left[at] @ right
-        keys, flat = _keys(delta[at], low), delta[at].view(-1)
-        kept = _above(keys, threshold - 1)
-        tied = (keys[kept] == threshold).nonzero().view(-1)
-        if tied.numel() > room:
-            stay = torch.ones(kept.numel(), dtype=torch.bool, device=kept.device)
-            stay[tied[room:]] = False
-            kept = kept[stay]
-        room = max(0, room - tied.numel())
-        # scattered into the low-rank part: a quarter of the time of torch.where
-        low.view(-1)[kept] = flat[kept]
-        flat.copy_(low.view(-1))
