@@ -114,7 +114,7 @@ def _moved_most(pairs: Iterator[tuple[str, Tensor, Tensor]], counts: Sequence[in
     if asked == "triton" or (asked == "auto" and theta1.is_cuda and theta0.device == theta1.device):
         held = list(pairs)
         return [topk_differences(held, count) for count in counts]
-    top = _SeveralTopK(max(counts))
+    top = SeveralTopK(max(counts))
     for pair in pairs:
         top.add_difference(*pair)
     return top.finish_each(counts)
@@ -205,7 +205,7 @@ def check_scores(name: str, start: int, scores: Tensor) -> None:
         raise MaskError(f"scores of {name!r} hold negative values; wanted 0 or more.")
 
 
-class _SeveralTopK(StreamingTopK):
+class SeveralTopK(StreamingTopK):
     """The best entries at several counts from one pass: each count's are among the larger's."""
 
     def finish_each(self, counts: Sequence[int]) -> list[TopK]:
@@ -265,7 +265,7 @@ class _Global(_Keeper):
     def __init__(self, counts: Sequence[int]) -> None:
         super().__init__(len(counts))
         self._counts = counts
-        self._top = _SeveralTopK(max(counts))
+        self._top = SeveralTopK(max(counts))
         self._origin: dict[str, tuple[str, int]] = {}
 
     def tensor(

@@ -16,7 +16,13 @@ from sparseft.modules import ParameterIndex
 from sparseft.selection.counts import all_nnz, is_several
 from sparseft.selection.masks import Masks
 from sparseft.selection.patterns import names_between
-from sparseft.selection.registry import REGISTRY, Candidates
+from sparseft.selection.registry import (
+    REGISTRY,
+    Candidates,
+    check_options,
+    options_of,
+    scored_by,
+)
 from sparseft.selection.scopes import Kept, Scope, keep_best, keep_true
 from sparseft.selection.source import Source
 
@@ -25,6 +31,9 @@ __all__ = ["candidates_of", "select"]
 logger = logging.getLogger(__name__)
 
 DensityOf = Literal["candidates", "model"]
+
+# Options that say how many are wanted, by kind of method.
+_FILLED_IN = {"scores": ("nnz",), "structure": ("nnz", "scope")}
 
 
 def candidates_of(
@@ -113,7 +122,9 @@ def select(
     Args:
         model: its parameters are read, never changed. Tied parameters count once.
         method: a name from `selectors`: "magnitude" (largest ``|theta1 - theta0|``: needs
-            ``base``), "random" (``seed``), "file" (``path=``), "function" (``fn=``), ...
+            ``base``), "random" (``seed``), "file" (``path=``), "function" (``fn=``), ... Structures
+            ("rows", "blocks", "tiles", "n:m") build on the scores of another: ``score=`` names it,
+            and takes its options too.
         nnz: entries to keep in total. A list of numbers gives a list of `Masks`, each what its
             number alone would give, from one computation of the scores; nested with scope
             "global".
@@ -121,7 +132,7 @@ def select(
         density_of: what density is a fraction of: the candidates' entries, or those of all
             floating parameters of the model.
         scope: "global"; "tensor" (every tensor its share by size) or "row" (every row of every
-            tensor its share). The total is exact in each.
+            tensor its share; not for structures). The total is exact in each.
         include: globs over parameter names; default all. A tied parameter is meant by any of its
             names.
         exclude: globs of names to leave out, likewise: a head's glob also leaves out an embedding
@@ -168,33 +179,40 @@ def select(
                 f"{what}={value!r} is not one of {', '.join(map(repr, get_args(kind)))}."
                 f"{did_you_mean(str(value), get_args(kind))}"
             )
-    shared = {"base": base, "tuned": tuned, "seed": seed}
+    kind = entry.traits["kind"]
+    known = options_of(method, options)
     arguments = dict(options)
-    arguments.update(
-        (name, value)
-        for name, value in shared.items()
-        if value is not None and name in entry.options
-    )
-    REGISTRY.check_options(method, arguments)
+    shared = {"base": base, "tuned": tuned, "seed": seed}
+    arguments.update((n, value) for n, value in shared.items() if value is not None and n in known)
+    # How many is known once the candidates are; wrong options are said before that.
+    later = {name: None for name in _FILLED_IN.get(kind, ()) if name in known}
+    check_options(method, {**arguments, **later})
     candidates = candidates_of(model, include, exclude)
     counts: list[int] = []
-    if nnz is not None or density is not None or entry.traits["kind"] == "scores":
+    if nnz is not None or density is not None or kind in ("scores", "structure"):
         of = candidates.numel
         if density_of == "model":
             of = sum(p.numel() for _, p in ParameterIndex(model).items() if p.is_floating_point())
         what = "candidate entries" if density_of == "candidates" else "model entries"
         counts = all_nnz(nnz, density, candidates=candidates.numel, of=of, of_what=what)
+    filled = {"nnz": counts if kind == "structure" else max(counts, default=0), "scope": scope}
+    arguments.update((name, filled[name]) for name in later)
     chosen = entry.fn(candidates, **arguments)
-    if entry.traits["kind"] == "patterns":
-        masks = _checked(method, chosen, candidates, counts)
-        kept = [Kept(masks, 0)] * max(1, len(counts))
+    below = scored_by(method, options)
+    if kind == "patterns":
+        kept = [Kept(_checked(method, chosen, candidates, counts), 0)] * max(1, len(counts))
+    elif kind == "structure":
+        kept = [
+            Kept(_checked(method, masks, candidates, [count]), zeros)
+            for count, (masks, zeros) in zip(counts, chosen, strict=True)
+        ]
     elif not counts:
         kept = [Kept(keep_true(chosen, candidates.parameters), 0)]
     else:
         kept = keep_best(chosen, candidates.parameters, counts, scope)
-        for count, (_, zeros) in zip(counts, kept, strict=True):
-            if zeros:
-                _warn_of_zeros(count, zeros, entry, scope, based="base" in arguments)
+    for count, (_, zeros) in zip(counts, kept, strict=False):
+        if zeros:
+            _warn_of_zeros(count, zeros, entry, below or entry, scope, based="base" in arguments)
     several = [Masks(patterns) for patterns, _ in kept]
     for masks in several:
         logger.info(
@@ -204,19 +222,27 @@ def select(
     return several if is_several(nnz) or is_several(density) else several[0]
 
 
-def _warn_of_zeros(count: int, zeros: int, entry: Registered, scope: Scope, *, based: bool) -> None:
-    """Say that entries of score 0 were kept, and what to do about it."""
+def _warn_of_zeros(
+    count: int, zeros: int, entry: Registered, scored: Registered, scope: Scope, *, based: bool
+) -> None:
+    """Say that entries of score 0 were kept, and what to do about it.
+
+    Args:
+        entry, scored: the method, and the one whose scores it uses.
+        based: whether the scores compare with a base.
+    """
     if zeros == count and based:  # nothing moved, or base is another's
         advice = "Is base the model as it was before training, and this one trained?"
     else:
         fewer = f"ask for nnz={count - zeros} or fewer"
         fix = fewer if scope == "global" else "scope='global'"
         advice = f"Fix: {fix}, or exclude=[...] what training does not reach."
+    where = "with" if entry is scored else f"in {entry.name} with"
     logger.warning(
-        "%s entries were asked for, but %r finds only %s with a score above 0 (scope %s): the "
-        "other %s kept %s and are just the first by name and position. %s",
-        f"{count:,}", entry.name, f"{count - zeros:,}", scope, f"{zeros:,}", entry.traits["zero"],
-        advice,
+        "%s entries were asked for, but %r finds only %s %s a score above 0 (scope %s): the other "
+        "%s kept %s and are just the first by name and position. %s",
+        f"{count:,}", entry.name, f"{count - zeros:,}", where, scope, f"{zeros:,}",
+        scored.traits["zero"], advice,
     )  # fmt: skip
 
 
