@@ -19,6 +19,7 @@ from sparseft.diff import MaskLike, SparsePattern, as_pattern
 from sparseft.errors import AttachError, MaskError, UnknownNameError
 from sparseft.modules.leaves import MaskedParameter
 from sparseft.modules.names import ParameterIndex
+from sparseft.modules.ranks import processes
 from sparseft.modules.transplant import Moves, check_state, holding, transplant_
 from sparseft.ops import gather_entries, write_entries_
 from sparseft.ops._common import bits
@@ -97,19 +98,12 @@ def _check_pattern(masked: MaskedParameter, pattern: SparsePattern) -> None:
             f"{name!r}: the new pattern keeps no entry. Leave at least one, or detach and attach "
             "without this weight."
         )
-    if pattern.nnz != now.nnz and _processes() > 1:
+    if pattern.nnz != now.nnz and processes() > 1:
         raise AttachError(
-            f"{name!r}: {now.nnz} entries cannot become {pattern.nnz} while {_processes()} "
+            f"{name!r}: {now.nnz} entries cannot become {pattern.nnz} while {processes()} "
             "processes train together: DistributedDataParallel has buckets for the leaf's size. "
             "Keep the count of each tensor (scope='tensor')."
         )
-
-
-def _processes() -> int:
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return 1
-    return distributed.get_world_size()
 
 
 def _move_(masked: MaskedParameter, pattern: SparsePattern, optimizers: list[Any]) -> int:

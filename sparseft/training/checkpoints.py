@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sparseft.errors import ResumeError
 from sparseft.io.atomic import atomic_write
+from sparseft.modules.riders import riding
 
 __all__ = ["CheckpointFolder", "load_trainable", "trainable"]
 
@@ -19,8 +20,11 @@ _FORMAT = 1
 
 
 def trainable(model: nn.Module) -> dict[str, Tensor]:
-    """Return the parameters with ``requires_grad``, by name, not copied."""
-    return {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+    """Return the parameters with ``requires_grad``, by name, and where masks that move are.
+
+    Not copied.
+    """
+    return {n: p.detach() for n, p in model.named_parameters() if p.requires_grad} | riding(model)
 
 
 def load_trainable(model: nn.Module, tensors: Mapping[str, Tensor], *, where: Path) -> None:

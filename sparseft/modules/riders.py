@@ -1,0 +1,78 @@
+"""Tensors that ride in a model's state dict beside its parameters.
+
+Masks that move in training have to be saved and loaded with the leaves they order, by whatever
+saves and loads the model: Trainer's checkpoints, its best model, a plain loop. A rider names the
+tensors, and takes them back before the parameters are loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from sparseft.errors import AttachError
+
+__all__ = ["Rider", "board", "leave", "riding"]
+
+# In front of a rider's keys in the state dict, and where a module keeps its rider.
+_PREFIX = "_sparseft_moving."
+_RIDER = "_sparseft_rider"
+
+
+class Rider(Protocol):
+    """What rides: always the same keys, in a state dict and back."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what to save, by name."""
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take back what `tensors` gave; the model's parameters are loaded right after."""
+
+
+def _save(module: nn.Module, state_dict: Any, prefix: str, local_metadata: Any) -> None:
+    rider = module.__dict__.get(_RIDER)
+    if rider is not None:
+        for key, tensor in rider.tensors().items():
+            state_dict[f"{prefix}{_PREFIX}{key}"] = tensor
+
+
+def _load(module: nn.Module, state_dict: Any, prefix: str, *rest: Any) -> None:
+    rider, start = module.__dict__.get(_RIDER), prefix + _PREFIX
+    if rider is None:
+        return
+    found = [key for key in state_dict if key.startswith(start)]
+    if found:
+        rider.load_tensors({key.removeprefix(start): state_dict.pop(key) for key in found})
+
+
+def board(model: nn.Module, rider: Rider) -> None:
+    """Let a rider's tensors be part of ``model.state_dict()``.
+
+    Raises:
+        AttachError: another one is there.
+    """
+    if _RIDER in model.__dict__:
+        raise AttachError(
+            f"a {type(model.__dict__[_RIDER]).__name__} moves masks of this model already; close() "
+            "it first."
+        )
+    model.__dict__[_RIDER] = rider
+    if not any(hook is _save for hook in model._state_dict_hooks.values()):
+        model.register_state_dict_post_hook(_save)
+        model.register_load_state_dict_pre_hook(_load)
+
+
+def leave(model: nn.Module, rider: Rider) -> None:
+    """End what `board` began. The hooks stay, without effect: a deep copy has no handles."""
+    if model.__dict__.get(_RIDER) is rider:
+        del model.__dict__[_RIDER]
+
+
+def riding(model: nn.Module) -> dict[str, Tensor]:
+    """Return what rides in ``model.state_dict()``, by its keys there."""
+    out: dict[str, Tensor] = {}
+    for name, module in model.named_modules():
+        _save(module, out, f"{name}." if name else "", None)
+    return out
