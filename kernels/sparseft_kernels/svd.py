@@ -98,7 +98,7 @@ def _cholesky_inverse_kernel(
         failed += tl.where(good, 0, 1)
         root = tl.sqrt(tl.where(good, pivot, 1.0))
         # A failed column adds nothing to the others: finite numbers come out, and the count.
-        below = tl.where((lane > k) & good, column / root, 0.0)
+        below = tl.where(lane > k, tl.where(good, column / root, 0.0), 0.0)
         rest -= below[:, None] * below[None, :]
         row = tl.sum(tl.where(i == k, inverse, 0.0), 0) / root
         inverse = tl.where(i == k, row[None, :], inverse - below[:, None] * row[None, :])

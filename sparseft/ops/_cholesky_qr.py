@@ -4,6 +4,8 @@ The Gram and the solve are matrix products, the factorisation is small: on every
 several times faster than Householder QR. The Gram squares the condition number, so that one pass in
 fp64 leaves ``|Q^T Q - I|`` at 1e-8 for a condition of 1e4 and 4e-5 at 1e6; two passes hold up to
 1e8. A pivot that says worse, or that does not exist, sends its matrix to `torch.linalg.qr`.
+
+A route in fp32 that waits for nothing is `sparseft.ops.cholesky_inverse.cholesky_qr_float32`.
 """
 
 from __future__ import annotations
