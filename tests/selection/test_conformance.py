@@ -11,48 +11,114 @@ from hypothesis import strategies as st
 
 from sparseft import select
 from sparseft._integrity import bits_equal
-from sparseft.errors import MaskError, UnknownNameError
-from sparseft.selection import Masks, selectors
+from sparseft.errors import MaskError, OptionError, SparseFtError, UnknownNameError
+from sparseft.selection import Masks, options_of, selectors
 from sparseft.selection.counts import apportion
 
 CANDIDATES = ["cube", "embed.weight", "empty", "matrix", "scalar", "strided", "vector"]
 NUMEL = 24 + 18 + 0 + 30 + 1 + 36 + 7
-SCORING = sorted(n for n, e in selectors().items() if e.traits["kind"] != "patterns")
+KIND = {name: entry.traits["kind"] for name, entry in selectors().items()}
+SCORING = [n for n, kind in KIND.items() if kind in ("scores", "either")]
+STRUCTURES = [n for n, kind in KIND.items() if kind == "structure"]
+SCOPES = [(n, scope) for n in SCORING for scope in ("global", "tensor", "row")]
+SCOPES += [(n, scope) for n in STRUCTURES for scope in ("global", "tensor")]
+ANY_SCOPE = pytest.mark.parametrize(("method", "scope"), SCOPES)
+
+# Methods that never look at a value, so that a NaN is nothing to them.
+BLIND = {"random"}
 
 
-def arguments(method, base):
+def arguments(method, base, score="magnitude"):
     """What each method needs besides a count; a new method without an entry must need nothing."""
-    return {
+    own = {
         "magnitude": {"base": base},
-        "deltas_svd": {"base": base, "rank": 2, "residual": 0.2},
         "function": {"fn": lambda name, p: p.detach().float().abs()},
+        "deltas_svd": {"base": base, "rank": 1, "residual": 0.5},
+        "low_rank": {"rank": 2},
+        "blocks": {"block": (2, 3)},
     }.get(method, {})
+    if "score" in options_of(method):
+        own.update(arguments(score, base))
+    return own
+
+
+def chosen(model, method, nnz, base, scope="global", **options):
+    """Select; a structure that says its own count is not asked for another."""
+    given = {**arguments(method, base, options.get("score", "magnitude")), **options}
+    if KIND[method] == "patterns":
+        return select(model, method, **given)
+    return select(model, method, nnz=nnz, scope=scope, **given)
 
 
 def test_methods_are_described():
-    assert set(selectors()) >= {"magnitude", "random", "file", "function"}
-    for entry in selectors().values():
+    assert set(selectors()) >= {
+        "magnitude", "random", "file", "function", "weight_magnitude", "deltas_svd", "low_rank",
+        "rows", "blocks", "tiles", "n:m",
+    }  # fmt: skip
+    for name, entry in selectors().items():
         assert entry.reference.startswith("https://")
         assert entry.summary
-        assert entry.traits["kind"] in ("scores", "either", "patterns")
+        assert entry.traits["kind"] in ("scores", "either", "patterns", "structure")
         parameters = list(inspect.signature(entry.fn).parameters.values())
         assert parameters[0].name == "candidates"
-        assert all(p.kind is p.KEYWORD_ONLY for p in parameters[1:])
+        kinds = {p.kind for p in parameters[1:]}
+        builds_on = "score" in entry.options
+        assert kinds <= {inspect.Parameter.KEYWORD_ONLY} | (
+            {inspect.Parameter.VAR_KEYWORD} if builds_on else set()
+        )
         assert all(p.annotation is not p.empty for p in parameters)
+        if entry.traits["kind"] == "structure":
+            assert {"nnz", "scope"} <= set(entry.options)
+        assert set(entry.options) <= set(options_of(name))
 
 
-@pytest.mark.parametrize("scope", ["global", "tensor", "row"])
-@pytest.mark.parametrize("method", SCORING)
-class TestScores:
+@ANY_SCOPE
+class TestEveryMethod:
     def test_exact_count_at_every_size(self, method, scope, pair):
         base, tuned = pair()
-        for nnz in range(NUMEL + 1):
-            masks = select(tuned, method, nnz=nnz, scope=scope, **arguments(method, base))
+        sizes = list(range(NUMEL + 1))
+        for nnz, masks in zip(sizes, chosen(tuned, method, sizes, base, scope), strict=True):
             assert sum(p.nnz for p in masks.values()) == nnz == masks.nnz
 
+    def test_several_counts_are_what_each_alone_gives(self, method, scope, pair):
+        counts = (40, 3, NUMEL, 0, 40, 77)
+        for dtype in (torch.float32, torch.float64):
+            base, tuned = pair(dtype)
+            several = chosen(tuned, method, counts, base, scope)
+            for count, masks in zip(counts, several, strict=True):
+                assert isinstance(masks, Masks)
+                assert masks.equals(chosen(tuned, method, count, base, scope)), count
+
+    def test_reduced_precision(self, method, scope, pair):
+        for dtype in (torch.bfloat16, torch.float16):
+            base, tuned = pair(dtype)
+            masks = select(tuned, method, density=0.3, scope=scope, **arguments(method, base))
+            assert masks.nnz == round(0.3 * NUMEL)
+
+    def test_share_of_each_tensor(self, method, scope, pair):
+        if scope == "global":
+            return
+        base, tuned = pair()
+        masks = chosen(tuned, method, 50, base, scope)
+        shares = apportion(50, [p.numel for p in masks.values()])
+        assert [p.nnz for p in masks.values()] == shares
+
+    def test_share_of_each_row(self, method, scope, pair):
+        if scope != "row":
+            return
+        base, tuned = pair()
+        masks = chosen(tuned, method, 50, base, scope)
+        for name in ("matrix", "cube", "strided", "embed.weight"):
+            rows = masks[name].row_offsets().diff().tolist()
+            assert max(rows) - min(rows) <= 1
+            assert rows == sorted(rows, reverse=True), "the first rows keep the units left over"
+
+
+@pytest.mark.parametrize(("method", "scope"), [*SCOPES, ("n:m", "global")])
+class TestResultAndModel:
     def test_shape_of_the_result(self, method, scope, pair):
         base, tuned = pair()
-        masks = select(tuned, method, nnz=40, scope=scope, **arguments(method, base))
+        masks = chosen(tuned, method, 40, base, scope)
         assert isinstance(masks, Masks)
         assert list(masks) == CANDIDATES
         parameters = dict(tuned.named_parameters())
@@ -63,47 +129,59 @@ class TestScores:
 
     def test_deterministic_and_changes_nothing(self, method, scope, pair):
         base, tuned = pair()
-        before = {n: p.detach().clone() for n, p in tuned.named_parameters()}
-        versions = {n: p._version for n, p in tuned.named_parameters()}
+        parameters = dict(tuned.named_parameters())
+        before = {n: p.detach().clone() for n, p in parameters.items()}
+        versions = {n: p._version for n, p in parameters.items()}
+        trained = {n: p.requires_grad for n, p in parameters.items()}
+        hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in tuned.modules()]
         state = torch.get_rng_state()
-        first = select(tuned, method, nnz=33, scope=scope, **arguments(method, base))
-        torch.manual_seed(99)
-        second = select(tuned, method, nnz=33, scope=scope, **arguments(method, base))
-        assert first.equals(second)
-        assert all(bits_equal(p, before[n]) for n, p in tuned.named_parameters())
-        assert versions == {n: p._version for n, p in tuned.named_parameters()}
-        assert all(p.grad is None for p in tuned.parameters())
-        torch.set_rng_state(state)
-        select(tuned, method, nnz=33, scope=scope, **arguments(method, base))
+        first = chosen(tuned, method, 33, base, scope)
         assert torch.equal(torch.get_rng_state(), state), "the global generator is left alone"
+        torch.manual_seed(99)
+        assert chosen(tuned, method, 33, base, scope).equals(first)
+        torch.set_rng_state(state)
+        assert all(bits_equal(p, before[n]) for n, p in parameters.items())
+        assert versions == {n: p._version for n, p in parameters.items()}
+        assert trained == {n: p.requires_grad for n, p in parameters.items()}
+        assert all(p.grad is None for p in parameters.values())
+        assert hooks == [
+            (len(m._forward_hooks), len(m._forward_pre_hooks)) for m in tuned.modules()
+        ]
+        assert tuned.training
 
-    def test_reduced_precision(self, method, scope, pair):
-        for dtype in (torch.bfloat16, torch.float16, torch.float64):
-            base, tuned = pair(dtype)
-            masks = select(tuned, method, density=0.3, scope=scope, **arguments(method, base))
-            assert masks.nnz == round(0.3 * NUMEL)
 
-    def test_share_of_each_tensor(self, method, scope, pair):
-        if scope == "global":
-            return
-        base, tuned = pair()
-        masks = select(tuned, method, nnz=50, scope=scope, **arguments(method, base))
-        shares = apportion(50, [p.numel for p in masks.values()])
-        assert [p.nnz for p in masks.values()] == shares
+@pytest.mark.parametrize("method", sorted({*SCORING, *STRUCTURES, "n:m"} - BLIND))
+def test_nan_is_refused_by_name(method, pair):
+    base, tuned = pair()
+    with torch.no_grad():
+        tuned.matrix[3, 2] = torch.nan
+    with pytest.raises(SparseFtError, match="matrix.*NaN|NaN.*matrix"):
+        chosen(tuned, method, 40, base)
 
-    def test_share_of_each_row(self, method, scope, pair):
-        if scope != "row":
-            return
-        base, tuned = pair()
-        masks = select(tuned, method, nnz=50, scope=scope, **arguments(method, base))
-        for name in ("matrix", "cube", "strided", "embed.weight"):
-            rows = masks[name].row_offsets().diff().tolist()
-            assert max(rows) - min(rows) <= 1
-            assert rows == sorted(rows, reverse=True), "the first rows keep the units left over"
+
+@pytest.mark.parametrize("score", SCORING)
+@pytest.mark.parametrize("method", [*STRUCTURES, "n:m"])
+def test_every_structure_builds_on_every_score(method, score, pair):
+    base, tuned = pair()
+    masks = chosen(tuned, method, 40, base, score=score)
+    assert KIND[method] == "patterns" or masks.nnz == 40
+    with pytest.raises(UnknownNameError, match=f"'{method}' with score='{score}' has no option"):
+        chosen(tuned, method, 40, base, score=score, nothing=1)
+
+
+def test_scores_that_do_not_exist_or_give_masks(pair):
+    base, tuned = pair()
+    for method in (*STRUCTURES, "n:m"):
+        with pytest.raises(UnknownNameError, match="score='magnitud'.*Did you mean 'magnitude'"):
+            select(tuned, method, nnz=5, base=base, score="magnitud")
+        with pytest.raises(OptionError, match="score='rows' of .* gives masks, wanted .*random"):
+            select(tuned, method, nnz=5, base=base, score="rows")
+        with pytest.raises(OptionError, match=f"'{method}' with score='magnitude': .*needs base="):
+            select(tuned, method, nnz=5)
 
 
 @pytest.mark.parametrize("scope", ["global", "tensor", "row"])
-@pytest.mark.parametrize("method", ["magnitude", "random"])
+@pytest.mark.parametrize("method", ["magnitude", "random", "weight_magnitude"])
 def test_masks_nest_as_nnz_grows(method, scope, pair):
     base, tuned = pair()
     if scope != "global":  # shares are apportioned anew for each total, so take multiples
@@ -120,21 +198,7 @@ def test_masks_nest_as_nnz_grows(method, scope, pair):
 
 
 class TestSeveralCounts:
-    """A list of counts: what each count alone gives, from scores that are computed once."""
-
-    COUNTS = (40, 3, NUMEL, 0, 40, 77)
-
-    @pytest.mark.parametrize("scope", ["global", "tensor", "row"])
-    @pytest.mark.parametrize("method", SCORING)
-    def test_each_is_what_its_count_alone_gives(self, method, scope, pair):
-        for dtype in (torch.float32, torch.float64):
-            base, tuned = pair(dtype)
-            given = arguments(method, base)
-            several = select(tuned, method, nnz=self.COUNTS, scope=scope, **given)
-            assert [masks.nnz for masks in several] == list(self.COUNTS)
-            for count, masks in zip(self.COUNTS, several, strict=True):
-                assert isinstance(masks, Masks)
-                assert masks.equals(select(tuned, method, nnz=count, scope=scope, **given)), count
+    """A list of counts: scores that are computed once, not once for each."""
 
     def test_of_densities(self, pair):
         base, tuned = pair()
@@ -243,11 +307,12 @@ def test_pieces_do_not_show(scope, pair, monkeypatch):
     import sparseft.selection.registry as registry
 
     base, tuned = pair()
-    wanted = {m: select(tuned, m, nnz=61, scope=scope, base=base) for m in ("magnitude", "random")}
+    methods = [n for n, s in SCOPES if s == scope] + ["n:m"]
+    wanted = {method: chosen(tuned, method, 61, base, scope) for method in methods}
     for size in (1, 4, 7, 35):
         monkeypatch.setattr(registry, "PIECE", size)
         for method, masks in wanted.items():
-            assert select(tuned, method, nnz=61, scope=scope, base=base).equals(masks), size
+            assert chosen(tuned, method, 61, base, scope).equals(masks), (method, size)
 
 
 @given(
