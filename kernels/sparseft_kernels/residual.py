@@ -80,8 +80,8 @@ def _tile(
     m_in_bounds = (first_m + lane_m < m)[:, None]
     n_in_bounds = (first_n + lane_n < n)[None, :]
     # 64-bit up to the tile, 32-bit inside it
-    left_ptrs = left_ptr + (matrix * m + first_m) * r + lane_m[:, None] * r + lane_k[None, :]
-    right_ptrs = right_ptr + matrix * r * n + first_n + lane_k[:, None] * n + lane_n[None, :]
+    left_ptrs = left_ptr + (matrix * m + first_m) * r + (lane_m[:, None] * r + lane_k[None, :])
+    right_ptrs = right_ptr + matrix * r * n + first_n + (lane_k[:, None] * n + lane_n[None, :])
     low = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k in range(0, r, BLOCK_K):
         k_in_bounds = k + lane_k < r
@@ -91,8 +91,8 @@ def _tile(
         left_ptrs += BLOCK_K
         right_ptrs += BLOCK_K * n
     in_bounds = m_in_bounds & n_in_bounds
-    delta_ptrs = delta_ptr + (matrix * m + first_m) * n + first_n
-    delta_ptrs = delta_ptrs + lane_m[:, None] * n + lane_n[None, :]
+    delta_ptr += (matrix * m + first_m) * n + first_n
+    delta_ptrs = delta_ptr + (lane_m[:, None] * n + lane_n[None, :])
     delta = tl.load(delta_ptrs, mask=in_bounds, other=0.0)
     key = (delta - low).to(tl.int32, bitcast=True) & 0x7FFF_FFFF
     return delta, low, tl.where(in_bounds, key, -1), delta_ptrs, in_bounds

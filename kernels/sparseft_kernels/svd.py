@@ -75,19 +75,21 @@ def _sign_sketch_kernel(
 
 @triton.jit
 def _cholesky_inverse_kernel(
-    gram_ptr, shift_ptr, inverse_ptr, failed_ptr, R: tl.constexpr, PADDED: tl.constexpr
-):
+    gram_ptr, shift_ptr, inverse_ptr, failed_ptr,
+    R: tl.constexpr, PITCH: tl.constexpr, PADDED: tl.constexpr,
+):  # fmt: skip
     """inverse = L^-1 of gram + shift I = L L^T, and how many pivots were no positive number; one
-    program per matrix.
+    program per matrix of R columns in PITCH, a multiple of 4 so that rows are read 16 bytes wide:
+    else as many addresses as entries are held throughout, and spill.
     """
     matrix = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, PADDED)  # [PADDED]
     i = lane[:, None]
     j = lane[None, :]
-    in_bounds = (i < R) & (j < R)
-    place = matrix * R * R + i * R + j
+    in_bounds = (i < PITCH) & (j < PITCH)
+    place = i * PITCH + j
     shift = tl.load(shift_ptr + matrix)
-    rest = tl.load(gram_ptr + place, mask=in_bounds, other=0.0)
+    rest = tl.load(gram_ptr + matrix * PITCH * PITCH + place, mask=in_bounds, other=0.0)
     rest = tl.where(i == j, rest + shift, rest)
     inverse = tl.where(i == j, 1.0, 0.0)
     failed = 0
@@ -102,7 +104,7 @@ def _cholesky_inverse_kernel(
         rest -= below[:, None] * below[None, :]
         row = tl.sum(tl.where(i == k, inverse, 0.0), 0) / root
         inverse = tl.where(i == k, row[None, :], inverse - below[:, None] * row[None, :])
-    tl.store(inverse_ptr + place, inverse, mask=in_bounds)
+    tl.store(inverse_ptr + matrix * PITCH * PITCH + place, inverse, mask=in_bounds)
     tl.store(failed_ptr + matrix, failed)
 
 
@@ -164,15 +166,19 @@ def launch_cholesky_inverse(gram: Tensor, shift: Tensor) -> tuple[Tensor, Tensor
         shift: (B,) fp32.
 
     Returns:
-        (B, r, r) fp32 lower triangular; (B,) int32.
+        (B, r, r) fp32 lower triangular, strided where r is no multiple of 4; (B,) int32.
     """
     count, r, _ = gram.shape
+    pitch = -(-r // 4) * 4
+    if pitch > r:
+        gram = torch.nn.functional.pad(gram, (0, pitch - r, 0, pitch - r))
     inverse = empty(gram.numel(), gram).view(gram.shape)
     failed = empty(count, gram, torch.int32)
     if gram.numel():
         padded = max(16, triton.next_power_of_2(r))
         with device_guard(gram.device):
             _cholesky_inverse_kernel[(count,)](
-                gram, shift, inverse, failed, R=r, PADDED=padded, num_warps=cholesky_warps(padded)
-            )
-    return inverse, failed
+                gram, shift, inverse, failed,
+                R=r, PITCH=pitch, PADDED=padded, num_warps=cholesky_warps(padded),
+            )  # fmt: skip
+    return inverse[:, :r, :r], failed

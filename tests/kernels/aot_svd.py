@@ -86,7 +86,9 @@ def cases() -> list[Case]:
             max_registers=64,
         ),
     ]  # fmt: skip
-    for r in (32, 64, 128):
+    for r, padded, targets in (
+        (32, 32, ("sm_90",)), (64, 64, ("sm_90",)), (80, 128, ("sm_90",)), (127, 128, TARGETS)
+    ):  # fmt: skip
         vectors = {"gram_ptr": "*fp32", "shift_ptr": "*fp32", "inverse_ptr": "*fp32"}
         out.append(
             Case(
@@ -94,10 +96,11 @@ def cases() -> list[Case]:
                 "svd",
                 "_cholesky_inverse_kernel",
                 {**vectors, "failed_ptr": "*i32"},
-                {"R": r, "PADDED": r},
-                cholesky_warps(r),
+                {"R": r, "PITCH": -(-r // 4) * 4, "PADDED": padded},
+                cholesky_warps(padded),
                 (*vectors, "failed_ptr"),
                 max_registers=None,
+                targets=targets,
             )
         )
     state = {"histogram_ptr": "*i64", "state_ptr": "*i64"}
