@@ -447,6 +447,8 @@ class Attachment:
             masked.require_top("detach")
         for f in self._full:
             f.require_top("detach")
+        while self._at_detach:
+            self._at_detach.pop()()
         for name, masked in self._masked.items():
             for module, attr in reversed(self._owners[name]):
                 if attr in masked_attributes(module):
@@ -476,8 +478,6 @@ class Attachment:
 
     def _forget(self) -> None:
         self._active = False
-        while self._at_detach:
-            self._at_detach.pop()()
         self.model.__dict__[ATTACHMENTS].remove(self)
         if not self.model.__dict__[ATTACHMENTS]:
             del self.model.__dict__[ATTACHMENTS]

@@ -10,6 +10,7 @@ from __future__ import annotations
 from sparseft.training.loop import LoopResult, LoopTrainer
 from sparseft.training.lottery import LotteryTicketResult, lottery_ticket
 from sparseft.training.phases import Phase
+from sparseft.training.reselection import Reselection
 from sparseft.training.schedule import SCHEDULES
 
 __all__ = [
@@ -18,5 +19,6 @@ __all__ = [
     "LoopTrainer",
     "LotteryTicketResult",
     "Phase",
+    "Reselection",
     "lottery_ticket",
 ]
