@@ -74,7 +74,7 @@ def keep_best(
     keeper.finish(chosen)
     return [
         Kept(
-            {n: pattern_of(one[n], shape, parameters[n].device) for n, shape in shapes.items()},
+            {n: pattern_of(one.pop(n), shape, parameters[n].device) for n, shape in shapes.items()},
             zeros,
         )
         for one, zeros in zip(chosen, keeper.zeros, strict=True)
@@ -266,7 +266,7 @@ class _Global(_Keeper):
         super().__init__(len(counts))
         self._counts = counts
         self._top = SeveralTopK(max(counts))
-        self._origin: dict[str, tuple[str, int]] = {}
+        self._origin: dict[str, tuple[str, int, torch.dtype]] = {}
 
     def tensor(
         self, name: str, shape: torch.Size, pieces: Iterator[tuple[int, Tensor]], chosen: Chosen
@@ -274,14 +274,14 @@ class _Global(_Keeper):
         for start, scores in pieces:
             key = str(len(self._origin))
             _add(self._top, key, name, start, scores)
-            self._origin[key] = (name, start)
+            self._origin[key] = (name, start, index_dtype_for(math.prod(shape)))
 
     def finish(self, chosen: Chosen) -> None:
         for i, top in enumerate(self._top.finish_each(self._counts)):
             for key, pattern in top.patterns.items():
-                name, start = self._origin[key]
+                name, start, dtype = self._origin[key]
                 if pattern.nnz:
-                    chosen[i][name].append(pattern.indices.to(torch.int64) + start)
+                    chosen[i][name].append(pattern.indices.to(dtype) + start)
             self.zeros[i] += top.zeros
 
 
@@ -315,9 +315,11 @@ class _PerRow(_PerTensor):
         if rows <= 1:
             super().tensor(name, shape, pieces, chosen)
             return
+        dtype = index_dtype_for(math.prod(shape))
         for row, table in whole_rows(pieces, math.prod(shape) // rows):
             for i, share in enumerate(self._shares[name]):
-                chosen[i][name] += self._best(i, name, row, table, *spread(share, rows))
+                best = self._best(i, name, row, table, *spread(share, rows))
+                chosen[i][name] += (part.to(dtype) for part in best)
 
     def _best(
         self, i: int, name: str, row: int, table: Tensor, each: int, more: int

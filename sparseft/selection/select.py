@@ -117,7 +117,8 @@ def select(
 
     Entries are ranked by the method's scores; ties go to the first by (canonical parameter name,
     flat index). Scores are computed and ranked a million entries at a time, so the memory needed
-    does not grow with the model: about 16 bytes per kept entry, the result included.
+    does not grow with the model: about 16 bytes per kept entry, the result included, and up to 8
+    for each entry of the other masks where several are asked for.
 
     Args:
         model: its parameters are read, never changed. Tied parameters count once.

@@ -307,8 +307,9 @@ def _best_of(
         for row, table in whole_rows(parts, grid.cols):
             for unit, rows in held.items():
                 top, left_edge = _corner(grid, unit)
-                inside = slice(max(top - row, 0), max(top + grid.height - row, 0))
-                rows.append(table[inside, left_edge : left_edge + grid.width])
+                inside = table[max(top - row, 0) : max(top + grid.height - row, 0)]
+                if len(inside):  # a copy, as a view would keep the whole piece
+                    rows.append(inside[:, left_edge : left_edge + grid.width].clone())
         for i, unit, count in cut[name]:
             top, left_edge = _corner(grid, unit)
             values = torch.cat(held[unit])
