@@ -68,28 +68,33 @@ def _open_tile(n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def _tile(
-    delta_ptr, left_ptr, right_ptr, matrix, first_m, first_n, m, n, r,
+    delta_ptr, left_ptr, right_ptr, matrix, first_m, first_n, m, n, pitch, r,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Return delta, its low-rank part, the keys (-1 out of bounds), where delta's entries lie and
     which are in bounds; each [BLOCK_M, BLOCK_N].
+
+    left (B, m, r), right (B, r, pitch), r a multiple of BLOCK_K and pitch of 16: else loads are 4
+    bytes wide, and what holds their addresses spills on sm_80.
     """
     lane_m = tl.arange(0, BLOCK_M)
     lane_n = tl.arange(0, BLOCK_N)
     lane_k = tl.arange(0, BLOCK_K)
     m_in_bounds = (first_m + lane_m < m)[:, None]
+    has_right = (first_n + lane_n < pitch)[None, :]
     n_in_bounds = (first_n + lane_n < n)[None, :]
     # 64-bit up to the tile, 32-bit inside it
     left_ptrs = left_ptr + (matrix * m + first_m) * r + (lane_m[:, None] * r + lane_k[None, :])
-    right_ptrs = right_ptr + matrix * r * n + first_n + (lane_k[:, None] * n + lane_n[None, :])
+    right_ptrs = (
+        right_ptr + matrix * r * pitch + first_n + (lane_k[:, None] * pitch + lane_n[None, :])
+    )
     low = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for k in range(0, r, BLOCK_K):
-        k_in_bounds = k + lane_k < r
-        x = tl.load(left_ptrs, mask=m_in_bounds & k_in_bounds[None, :], other=0.0)
-        y = tl.load(right_ptrs, mask=n_in_bounds & k_in_bounds[:, None], other=0.0)
+    for _ in range(0, r, BLOCK_K):
+        x = tl.load(left_ptrs, mask=m_in_bounds, other=0.0)
+        y = tl.load(right_ptrs, mask=has_right, other=0.0)
         low = tl.dot(x, y, low, input_precision=PRECISION)
         left_ptrs += BLOCK_K
-        right_ptrs += BLOCK_K * n
+        right_ptrs += BLOCK_K * pitch
     in_bounds = m_in_bounds & n_in_bounds
     delta_ptr += (matrix * m + first_m) * n + first_n
     delta_ptrs = delta_ptr + (lane_m[:, None] * n + lane_n[None, :])
@@ -100,7 +105,7 @@ def _tile(
 
 @triton.jit(do_not_specialize=["m", "low", "high"])
 def _residual_histogram_kernel(
-    delta_ptr, left_ptr, right_ptr, state_ptr, histogram_ptr, nan_ptr, m, n, r, low, high,
+    delta_ptr, left_ptr, right_ptr, state_ptr, histogram_ptr, nan_ptr, m, n, pitch, r, low, high,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """histogram[matrix, d] += keys with digit d in bits low:high under the prefix of the matrix's
@@ -109,7 +114,7 @@ def _residual_histogram_kernel(
     matrix, tile_n, first_m, first_n = _open_tile(n, BLOCK_M, BLOCK_N)
     if tl.load(state_ptr + 3 * matrix + 1) > 0:  # 0: nothing to rank
         delta, low_part, key, delta_ptrs, in_bounds = _tile(
-            delta_ptr, left_ptr, right_ptr, matrix, first_m, first_n, m, n, r,
+            delta_ptr, left_ptr, right_ptr, matrix, first_m, first_n, m, n, pitch, r,
             BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
         )  # fmt: skip
         if low == 23:
@@ -153,7 +158,7 @@ def _residual_digit_kernel(histogram_ptr, state_ptr, low):
 
 @triton.jit(do_not_specialize=["m"])
 def _residual_ties_kernel(
-    delta_ptr, left_ptr, right_ptr, cut_ptr, ties_ptr, m, n, r,
+    delta_ptr, left_ptr, right_ptr, cut_ptr, ties_ptr, m, n, pitch, r,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """ties[matrix, row, tile of columns] = keys equal to the cut; 0 where it keeps none of them."""
@@ -161,7 +166,7 @@ def _residual_ties_kernel(
     count = tl.zeros((BLOCK_M,), tl.int32)
     if tl.load(cut_ptr + 2 * matrix + 1) > 0:
         delta, low, key, delta_ptrs, in_bounds = _tile(
-            delta_ptr, left_ptr, right_ptr, matrix, first_m, first_n, m, n, r,
+            delta_ptr, left_ptr, right_ptr, matrix, first_m, first_n, m, n, pitch, r,
             BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
         )  # fmt: skip
         count = tl.sum((key == tl.load(cut_ptr + 2 * matrix).to(tl.int32)).to(tl.int32), 1)
@@ -172,7 +177,7 @@ def _residual_ties_kernel(
 
 @triton.jit(do_not_specialize=["m"])
 def _residual_write_kernel(
-    delta_ptr, left_ptr, right_ptr, cut_ptr, ties_ptr, before_ptr, m, n, r,
+    delta_ptr, left_ptr, right_ptr, cut_ptr, ties_ptr, before_ptr, m, n, pitch, r,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
     TIES: tl.constexpr,
 ):  # fmt: skip
@@ -185,7 +190,7 @@ def _residual_write_kernel(
     cut = tl.load(cut_ptr + 2 * matrix).to(tl.int32)
     if cut >= 0:  # below: everything stays
         delta, low, key, delta_ptrs, in_bounds = _tile(
-            delta_ptr, left_ptr, right_ptr, matrix, first_m, first_n, m, n, r,
+            delta_ptr, left_ptr, right_ptr, matrix, first_m, first_n, m, n, pitch, r,
             BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
         )  # fmt: skip
         replaced = key <= cut
@@ -219,7 +224,7 @@ def _read(
     tiles = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
     with device_guard(delta.device):
         kernel[(tiles, count)](
-            delta, left, right, *tables, m, n, right.shape[1], *digits,
+            delta, left, right, *tables, m, n, right.shape[2], right.shape[1], *digits,
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
             PRECISION=residual_precision(target_of(delta.device)),
             num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=False,
@@ -268,14 +273,25 @@ def _cuts(delta: Tensor, left: Tensor, right: Tensor, keep: Sequence[int]) -> li
     return cuts
 
 
+def _padded(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the factors with zeros up to the sizes that the tiles want."""
+    more = -right.shape[1] % RESIDUAL.block_k
+    wider = -right.shape[2] % 16
+    if more:
+        left = torch.nn.functional.pad(left, (0, more))
+    if more or wider:
+        right = torch.nn.functional.pad(right, (0, wider, 0, more))
+    return left.contiguous(), right.contiguous()
+
+
 def launch_prune_residual(delta: Tensor, left: Tensor, right: Tensor, keep: Sequence[int]) -> None:
     """Replace every matrix by ``left @ right``, but for its ``keep`` entries that differ most from
     it; ties to the lowest flat index.
 
     Args:
         delta: (B, m, n) fp32, contiguous, B < 2**16, n <= MOST_COLUMNS; overwritten.
-        left: (B, m, r) fp32, contiguous.
-        right: (B, r, n) fp32, contiguous.
+        left: (B, m, r) fp32.
+        right: (B, r, n) fp32.
         keep: B counts, 0 to m * n.
 
     Raises:
@@ -283,6 +299,7 @@ def launch_prune_residual(delta: Tensor, left: Tensor, right: Tensor, keep: Sequ
     """
     if not delta.numel():
         return
+    left, right = _padded(left, right)
     cuts = _cuts(delta, left, right, keep)
     if all(cut == _ALL for cut, _ in cuts):
         return

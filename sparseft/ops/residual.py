@@ -181,7 +181,7 @@ def prune_residual_(
     from sparseft_kernels.residual import NotRankable, launch_prune_residual
 
     try:
-        launch_prune_residual(target, left.contiguous(), right.contiguous(), counts)
+        launch_prune_residual(target, left, right, counts)
     except NotRankable as error:
         raise refuse(error.matrix) from None
     return delta

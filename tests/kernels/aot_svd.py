@@ -34,14 +34,17 @@ def _difference(name: str, types: tuple[str, str, str], ones: tuple[str, ...], w
     )  # fmt: skip
 
 
-def _residual(kernel: str, tables: dict[str, str], precision: str, **constants: object) -> Case:
+def _residual(
+    kernel: str, tables: dict[str, str], precision: str, *, loose: bool = False, **constants: bool
+) -> Case:
+    """One build on the devices of a precision; ``loose``: rows of no known multiple of 16."""
     from sparseft_kernels._configs import RESIDUAL
 
     factored = ("delta_ptr", "left_ptr", "right_ptr")
-    sizes = ("m", "n", "r", *(("low", "high") if kernel == "histogram" else ()))
-    suffix = "-ties" if constants.get("TIES") else ""
+    sizes = ("m", "n", "pitch", "r", *(("low", "high") if kernel == "histogram" else ()))
+    flags = ("-ties" if constants.get("TIES") else "") + ("-loose" if loose else "")
     return Case(
-        f"svd_residual-{kernel}-{precision}{suffix}",
+        f"svd_residual-{kernel}-{precision}{flags}",
         "residual",
         f"_residual_{kernel}_kernel",
         {**dict.fromkeys(factored, "*fp32"), **tables, **dict.fromkeys(sizes, "i32")},
@@ -50,7 +53,7 @@ def _residual(kernel: str, tables: dict[str, str], precision: str, **constants: 
             "PRECISION": precision, **constants,
         },
         RESIDUAL.num_warps,
-        (*factored, *tables, "n", "r"),
+        (*factored, *tables, *(() if loose else ("n",)), "pitch", "r"),
         num_stages=RESIDUAL.num_stages,
         max_registers=None,
         needs_mma=True,
@@ -113,9 +116,9 @@ def cases() -> list[Case]:
             ),
             _residual("ties", {"cut_ptr": "*i64", "ties_ptr": "*i32"}, precision),
         ]
-        for ties, before in ((False, "*i64"), (True, "*i64")):
-            tables = {"cut_ptr": "*i64", "ties_ptr": "*i32", "before_ptr": before}
-            out.append(_residual("write", tables, precision, TIES=ties))
+        tables = {"cut_ptr": "*i64", "ties_ptr": "*i32", "before_ptr": "*i64"}
+        out.append(_residual("write", tables, precision, TIES=False))
+        out.append(_residual("write", tables, precision, loose=True, TIES=True))
     out.append(
         Case(
             "svd_residual-digit", "residual", "_residual_digit_kernel", {**state, "low": "i32"}, {},
