@@ -52,7 +52,7 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the study; it prints its own table."""
     from sparseft.cli._output import quiet_transformers
-    from sparseft.cli.train import starting_over_by_hand
+    from sparseft.cli._recipe import starting_over_by_hand
     from sparseft.demo.study import run_demo
 
     quiet_transformers()

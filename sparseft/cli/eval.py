@@ -149,8 +149,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run_recipe(args: argparse.Namespace) -> int:
-    from sparseft.cli.train import check_inputs, read_recipe
-    from sparseft.training.study import run_study
+    from sparseft.cli._recipe import check_inputs, read_recipe
+    from sparseft.training.study import run_study, study_units
 
     recipe = read_recipe(args.recipe, args.overrides)
     if recipe.task is None or not recipe.evaluation.languages:
@@ -158,7 +158,7 @@ def _run_recipe(args: argparse.Namespace) -> int:
             f"recipe {recipe.name!r} has nothing to score: it needs a task and "
             "evaluation.languages."
         )
-    check_inputs(recipe)
+    check_inputs(recipe, study_units(recipe))
     study = run_study(recipe, only=("evaluate-*",), progress=True)
     if study.results is None:
         raise DataError(
@@ -240,7 +240,7 @@ def _score(args: argparse.Namespace) -> Results:
         load_tokenizer,
         provenance,
     )
-    from sparseft.training.units import device_named
+    from sparseft.training.setups import device_named
 
     device = device_named(args.device, "--device")
     known = load_languages(args.language_file) if args.language_file else builtin_languages()

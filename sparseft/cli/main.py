@@ -26,9 +26,9 @@ __all__ = ["BAD_INPUT", "FAILURE", "INTERRUPTED", "OK", "TERMINATED", "build_par
 OK, FAILURE, BAD_INPUT, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
 
 # The order of the help; commands that are not named here follow, by name.
-_ORDER = ("demo", "train", "eval", "compose", "diff", "convert", "inspect", "overlap")
+_ORDER = ("demo", "train", "sweep", "eval", "compose", "diff", "convert", "inspect", "overlap")
 # These keep their state on disk: the same command again goes on where it stopped.
-_RESUMABLE = {"demo", "train"}
+_RESUMABLE = {"demo", "sweep", "train"}
 
 _DESCRIPTION = """\
 Sparse fine-tuning: train a chosen few percent of a model's weights, keep the change as a small
@@ -39,14 +39,15 @@ examples:
   sparseft demo                              the whole idea in 4 minutes on a laptop, no network
   sparseft train recipe.yaml                 task and language adapters, and their evaluation
   sparseft train recipe.yaml task.lr=1e-4    the same with one value of the recipe changed
+  sparseft sweep recipe.yaml                 ways to choose masks, by density, with a paired test
   sparseft eval recipe.yaml                  score what that recipe trained
   sparseft convert OWNER/NAME swahili/       an adapter of composable-sft or PEFT, as ours
   sparseft inspect swahili/                  what an adapter file holds
   sparseft overlap swahili/ nli/             what several have in common
 
 `sparseft COMMAND --help` says what a command reads and writes. Exit codes: 0 done, 1 failed,
-2 bad input, 130 interrupted, 143 terminated (train and demo go on when the same command is given
-again)."""
+2 bad input, 130 interrupted, 143 terminated (train, sweep and demo go on when the same command is
+given again)."""
 
 # What looks like an option and is a number: -1, -.5, and -5e-1, which argparse does not know.
 _NEGATIVE = re.compile(r"-(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?$|-(?:inf|nan)$")

@@ -90,15 +90,12 @@ class MaskChoice:
         filled: dict[str, Any] = {"base": base} if self.needs_dense else {}
         if batches is not None:
             filled.update(batches._asdict())
-        return [
-            select(
-                model,
-                self.method,
-                nnz=count,
-                scope=self.scope,  # type: ignore[arg-type]
-                include=list(include),
-                seed=seed,
-                **{**filled, **self.options},
-            )
-            for count in counts
-        ]
+        return select(
+            model,
+            self.method,
+            nnz=list(counts),
+            scope=self.scope,
+            include=list(include),
+            seed=seed,
+            **{**filled, **self.options},
+        )

@@ -17,11 +17,11 @@ from typing import Any
 
 from sparseft._text import did_you_mean
 from sparseft.errors import RecipeError
-from sparseft.evaluation import Results, provenance
+from sparseft.evaluation import Result, Results, provenance
 from sparseft.training.recipe import Recipe
 from sparseft.training.units import Unit, evaluation_unit, language_unit, read_rows, task_unit
 
-__all__ = ["StudyResult", "run_study", "study_units"]
+__all__ = ["StudyResult", "results_of", "run_study", "run_units", "study_units"]
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +90,29 @@ def run_study(
         ResumeError: a unit's folder holds a run with other settings, or another process is in it.
     """
     units = study_units(recipe, progress=progress)
+    finished, missing = run_units(units, only=only, on_unit=on_unit)
+    results = _collect(recipe)
+    files: list[Path] = []
+    if results is not None and not missing:
+        files = results.save(Path(recipe.output_dir).expanduser() / "results")
+    return StudyResult(Path(recipe.output_dir), finished, missing, results, files)
+
+
+def run_units(
+    units: Sequence[Unit],
+    *,
+    only: Sequence[str] = (),
+    on_unit: Callable[[Unit, int, int], None] | None = None,
+) -> tuple[list[str], list[str]]:
+    """Run what is missing of some units; return the names of those done now and of the others.
+
+    Args:
+        units: in the order they run.
+        only, on_unit: as in `run_study`.
+
+    Raises:
+        RecipeError: as `run_study`.
+    """
     chosen = _choose(units, only)
     by_name = {unit.name: unit for unit in units}
     for number, unit in enumerate(chosen, start=1):
@@ -107,15 +130,10 @@ def run_study(
             on_unit(unit, number, len(chosen))
         unit.run()
     finished = [unit.name for unit in units if unit.done()]
-    missing = [unit.name for unit in units if unit.name not in finished]
-    results = _collect(recipe)
-    files: list[Path] = []
-    if results is not None and not missing:
-        files = results.save(Path(recipe.output_dir).expanduser() / "results")
-    return StudyResult(Path(recipe.output_dir), finished, missing, results, files)
+    return finished, [unit.name for unit in units if unit.name not in finished]
 
 
-def _choose(units: list[Unit], only: Sequence[str]) -> list[Unit]:
+def _choose(units: Sequence[Unit], only: Sequence[str]) -> list[Unit]:
     names = [unit.name for unit in units]
     for pattern in only:
         if not fnmatch.filter(names, pattern):
@@ -131,7 +149,12 @@ def _collect(recipe: Recipe) -> Results | None:
         return None
     home = Path(recipe.output_dir).expanduser()
     rows = [row for seed in recipe.task.seeds for row in read_rows(_rows_path(home, seed))]
-    if not rows:
+    return results_of(recipe, rows)
+
+
+def results_of(recipe: Recipe, rows: list[Result]) -> Results | None:
+    """Return scores as the results of a recipe, with what made them; None without a score."""
+    if recipe.task is None or not rows:
         return None
     metric = recipe.evaluation.metric
     rows.sort(key=lambda row: row.metric != metric)  # the report's first metric is the recipe's

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,35 +18,31 @@ import torch
 from torch import nn
 
 from sparseft.adapter import Adapter
-from sparseft.data import Example, encode, load_classification, load_mlm_texts
-from sparseft.errors import RecipeError, UnknownNameError
+from sparseft.errors import RecipeError
 from sparseft.evaluation import (
     Result,
-    Task,
     evaluate_classifier,
     get_task,
-    load_model,
     load_tokenizer,
 )
 from sparseft.io.atomic import atomic_write_json
 from sparseft.modules import ParameterIndex
-from sparseft.selection.patterns import match_names
-from sparseft.training.loop import LoopTrainer
-from sparseft.training.lottery import LotteryTicketResult, SourceAdapter, lottery_ticket
-from sparseft.training.objectives import masked_lm_loss, untie_output_embeddings
-from sparseft.training.phases import MakeTrainer, Phase
-from sparseft.training.recipe import (
-    DEVICE_NAMES,
-    LanguageSection,
-    Recipe,
-    TaskSection,
-    TrainSection,
-    is_device_name,
-)
-from sparseft.training.rng import derive_seed, seed_everything
+from sparseft.training.lottery import lottery_ticket
+from sparseft.training.recipe import Recipe
+from sparseft.training.sections import LanguageSection, TaskSection, TrainSection
+from sparseft.training.setups import Setup, base_of, language_setup, load_base, task_setup
 from sparseft.training.state import TensorFile
 
-__all__ = ["Unit", "device_named", "evaluation_unit", "language_unit", "read_rows", "task_unit"]
+__all__ = [
+    "Unit",
+    "dense_path",
+    "evaluation_unit",
+    "language_unit",
+    "put_dense",
+    "read_rows",
+    "score",
+    "task_unit",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -74,147 +70,26 @@ class Unit:
 # -- training ---
 
 
-def device_named(name: str, key: str = "model.device") -> torch.device:
-    """Return the device that a recipe or a command line names.
-
-    Args:
-        name: auto (cuda where there is one), cpu, cuda or cuda:N.
-        key: what the user set, for the message.
-
-    Raises:
-        RecipeError: another name, or a device that torch does not see here.
-    """
-    if not is_device_name(name):
-        raise RecipeError(f"{key} is {name!r}, wanted {DEVICE_NAMES}.")
-    available = torch.cuda.is_available()
-    if name == "auto":
-        return torch.device("cuda" if available else "cpu")
-    device = torch.device(name)
-    if device.type == "cuda":
-        count = torch.cuda.device_count() if available else 0
-        if (device.index or 0) >= count:
-            seen = f"only {count} (cuda:0 to cuda:{count - 1})" if count else "no such device"
-            raise RecipeError(f"{key} is {name!r}, but torch sees {seen}; use cpu or auto.")
-    return device
-
-
-def _base(recipe: Recipe) -> str:
-    """Return the base as a path where it is one, also below ``data_dir``."""
-    recipe.check_data_dir()  # without it a folder's name would be looked for on the hub
-    below = recipe.path(recipe.model.base)
-    return str(below) if below.is_dir() else recipe.model.base
-
-
-def _load(recipe: Recipe, kind: str, **options: Any) -> tuple[Any, list[str]]:
-    """Return the model, and the names of parameters that the base does not have (a new head)."""
-    dtype = getattr(torch, recipe.model.dtype)
-    new: list[str] = []
-    model = load_model(_base(recipe), kind, missing=new, dtype=dtype, **options)
-    return model.to(device_named(recipe.model.device)), new
-
-
-def _factory(
-    recipe: Recipe,
-    section: TrainSection,
-    dataset: Any,
-    collate: Callable[[list[Any]], Any],
-    loss_fn: Any,
-    progress: bool,
-) -> MakeTrainer:
-    def make(model: nn.Module, phase: Phase) -> LoopTrainer:
-        number = 0 if phase.name == "dense" else 1
-        lr = section.lr[number]
-
-        def optimizer(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-            decay = section.weight_decay
-            if phase.name == "dense":
-                return torch.optim.AdamW(parameters, lr=lr, weight_decay=decay, fused=True)
-            from sparseft.optim import SparseAdamW
-
-            return SparseAdamW(parameters, lr=lr, weight_decay=decay)
-
-        return LoopTrainer(
-            model,
-            dataset,
-            collate=collate,
-            loss_fn=loss_fn,
-            optimizer=optimizer,
-            steps=section.steps[number],
-            output_dir=phase.output_dir,
-            batch_size=section.batch_size,
-            accumulate=section.accumulate,
-            lr=lr,
-            weight_decay=section.weight_decay,
-            schedule=section.schedule,
-            warmup_steps=section.warmup_steps,
-            max_grad_norm=section.max_grad_norm,
-            autocast=torch.bfloat16 if section.autocast else None,
-            device=device_named(recipe.model.device),
-            save_every=section.save_every,
-            log_every=section.log_every,
-            seed=phase.seed,
-            progress=progress,
-        )
-
-    return make
-
-
-def _train(
-    recipe: Recipe,
-    section: TrainSection,
-    model: Any,
-    make_trainer: MakeTrainer,
-    folder: Path,
-    *,
-    name: str,
-    seed: int,
-    full_params: Sequence[str],
-    sources: Sequence[SourceAdapter] = (),
-    data: dict[str, Any],
-) -> LotteryTicketResult:
-    _check_patterns(section, model)
-    if section.checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+def _train(setup: Setup, recipe: Recipe, section: TrainSection, folder: Path) -> None:
     result = lottery_ticket(
-        make_trainer,
-        model,
+        setup.make_trainer,
+        setup.model,
         nnz=section.nnz,
         density=section.density,
         output_dir=folder,
         iterations=section.iterations,
         selector=section.selector,
         scope=section.scope,
-        exclude=section.exclude,
-        full_params=full_params,
+        selector_options=section.selector_options,
+        denoise=section.denoising(),
         l1=section.l1,
-        source_adapters=sources,
-        seed=seed,
-        adapter_name=name,
+        adapter_name=setup.name,
         base_name=recipe.model.base,
-        metadata={"data": data},
+        metadata={"data": setup.data},
+        **setup.shared,
     )
     # Last, because its presence says that the unit is finished.
     result.adapter.save(folder / "adapter")
-    return result
-
-
-def _check_patterns(section: TrainSection, model: nn.Module) -> None:
-    """Check the globs of a section here, where the recipe's own key can be named."""
-    index = ParameterIndex(model)
-    for key in ("exclude", "full_params"):
-        try:
-            match_names(index, getattr(section, key), f"{section.where}.{key}")
-        except UnknownNameError as bad:
-            raise RecipeError(str(bad)) from None
-
-
-def _digest_rows(rows: Any) -> str:
-    """Return 16 hex digits over the token ids and labels of a data set, in order."""
-    digest = hashlib.blake2b(digest_size=8)
-    for i in range(len(rows)):
-        row = rows[i]
-        digest.update(repr((row["input_ids"], row.get("labels"))).encode())
-    return digest.hexdigest()
 
 
 def adapter_path(folder: Path) -> Path:
@@ -227,51 +102,9 @@ def language_unit(recipe: Recipe, language: str, folder: Path, *, progress: bool
     section: LanguageSection = recipe.language
 
     def run() -> None:
-        tokenizer = load_tokenizer(_base(recipe))
-        files = [recipe.path(p) for p in section.texts[language]]
-        seed = derive_seed(section.seed, "language", language)
-        dataset, collate = load_mlm_texts(
-            files, tokenizer, section.max_length, seed, mask_rate=section.mask_rate
-        )
-        seed_everything(seed)
-        model, _ = _load(recipe, "masked-lm")
-        if section.untie_embeddings:
-            untie_output_embeddings(model)
-        make = _factory(recipe, section, dataset, collate, masked_lm_loss(model), progress)
-        _train(
-            recipe,
-            section,
-            model,
-            make,
-            folder,
-            name=language,
-            seed=seed,
-            full_params=section.full_params,
-            data={"examples": len(dataset), "digest": _digest_rows(dataset)},
-        )
+        _train(language_setup(recipe, language, progress=progress), recipe, section, folder)
 
     return Unit(f"language-{language}", run, lambda: adapter_path(folder).is_file())
-
-
-def _task_examples(recipe: Recipe, section: TaskSection, task: Task) -> list[Example]:
-    if section.train_file is not None:
-        examples = load_classification(
-            recipe.path(section.train_file),
-            task.labels,
-            text_fields=section.text_fields,
-            label_field=section.label_field,
-            columns=section.columns,
-        )
-    elif recipe.evaluation.data is not None:
-        root = recipe.evaluation.data
-        where = root if root.startswith("hf:") else recipe.path(root)
-        examples = task.load(where, section.source, "train")
-    else:
-        raise RecipeError(
-            "the task has no training data: set task.train_file, or evaluation.data to the task's "
-            "folder."
-        )
-    return examples[: section.max_examples]
 
 
 def task_unit(recipe: Recipe, seed: int, folder: Path, home: Path, *, progress: bool) -> Unit:
@@ -283,34 +116,11 @@ def task_unit(recipe: Recipe, seed: int, folder: Path, home: Path, *, progress: 
     source_unit = f"language-{section.source}"
 
     def run() -> None:
-        from transformers import DataCollatorWithPadding
-
-        task = get_task(task_section.name)
-        tokenizer = load_tokenizer(_base(recipe))
-        dataset = encode(
-            tokenizer, _task_examples(recipe, task_section, task), task_section.max_length
-        )
-        seed_everything(derive_seed(seed, "head"))
-        model, new = _load(recipe, "sequence-classification", num_labels=len(task.labels))
-        sources: list[SourceAdapter] = []
+        sources = []
         if task_section.source_language_adapter:
             sources.append(Adapter.load(adapter_path(home / source_unit)))
-        make = _factory(
-            recipe, task_section, dataset, DataCollatorWithPadding(tokenizer), None, progress
-        )
-        _train(
-            recipe,
-            task_section,
-            model,
-            make,
-            folder,
-            name=f"{task.name}-seed{seed}",
-            seed=seed,
-            # Whatever the base lacks begins at random, so only whole values mean anything.
-            full_params=[*task_section.full_params, *new],
-            sources=sources,
-            data={"examples": len(dataset), "digest": _digest_rows(dataset)},
-        )
+        setup = task_setup(recipe, seed, sources=sources, progress=progress)
+        _train(setup, recipe, task_section, folder)
 
     needs = (source_unit,) if section.source_language_adapter else ()
     return Unit(f"task-seed{seed}", run, lambda: adapter_path(folder).is_file(), needs)
@@ -381,8 +191,8 @@ def _scores(recipe: Recipe, seed: int, home: Path, missing: list[tuple[str, str]
     if task_section is None or section.data is None or not missing:
         return
     task = get_task(task_section.name)
-    tokenizer = load_tokenizer(_base(recipe))
-    model, _ = _load(recipe, "sequence-classification", num_labels=len(task.labels))
+    tokenizer = load_tokenizer(base_of(recipe))
+    model, _ = load_base(recipe, "sequence-classification", num_labels=len(task.labels))
     folder = home / f"task-seed{seed}"
     adapter = Adapter.load(adapter_path(folder))
     composer = Composer(model)
@@ -393,11 +203,10 @@ def _scores(recipe: Recipe, seed: int, home: Path, missing: list[tuple[str, str]
     if task_section.source_language_adapter:
         composer.add("source", Adapter.load(adapter_path(home / f"language-{task_section.source}")))
 
-    root = section.data if section.data.startswith("hf:") else recipe.path(section.data)
     for setting, language in sorted(missing, key=lambda pair: pair[0] == "full"):
         if setting == "full":
             composer.revert()
-            _put_dense(task_section, model, folder)
+            put_dense(model, dense_path(folder, task_section.iterations))
         elif setting == "task":
             coeffs = {"task": section.task_coeff}
             if task_section.source_language_adapter:
@@ -405,44 +214,66 @@ def _scores(recipe: Recipe, seed: int, home: Path, missing: list[tuple[str, str]
             composer.switch(coeffs)
         else:
             composer.switch({"task": section.task_coeff, language: section.language_coeff})
+        density = None if setting == "full" else adapter.metadata.density
+        rows = score(
+            recipe, model, tokenizer, language, setting=LABELS[setting], seed=seed, density=density
+        )
+        yield setting, language, rows
+
+
+def score(
+    recipe: Recipe,
+    model: nn.Module,
+    tokenizer: Any,
+    language: str,
+    *,
+    setting: str,
+    seed: int,
+    density: float | None,
+) -> list[Result]:
+    """Return the scores of a model as it is now on one language, one row a metric."""
+    section, task_section = recipe.evaluation, recipe.task
+    if task_section is None or section.data is None:
+        raise RecipeError("the recipe has no task and evaluation.data to score on.")
+    task = get_task(task_section.name)
+    device = next(model.parameters()).device
+    with torch.autocast(device.type, torch.bfloat16, enabled=section.autocast):
         found = evaluate_classifier(
             model,
             tokenizer,
             task,
             language,
             section.split,
-            root=root,
+            root=section.data if section.data.startswith("hf:") else recipe.path(section.data),
             batch_size=section.batch_size,
             max_length=section.max_length,
         )
-        rows = [
-            Result(
-                setting=LABELS[setting],
-                language=language,
-                seed=seed,
-                metric=metric,
-                value=value,
-                split=section.split,
-                task=task.name,
-                n=len(found),
-                density=None if setting == "full" else adapter.metadata.density,
-            )
-            for metric, value in found.metrics.items()
-        ]
-        logger.info(
-            "seed %d, %s, %s: %s %.4f",
-            seed,
-            setting,
-            language,
-            section.metric,
-            found[section.metric],
+    value = found[section.metric]
+    logger.info("seed %d, %s, %s: %s %.4f", seed, setting, language, section.metric, value)
+    return [
+        Result(
+            setting=setting,
+            language=language,
+            seed=seed,
+            metric=metric,
+            value=value,
+            split=section.split,
+            task=task.name,
+            n=len(found),
+            density=density,
         )
-        yield setting, language, rows
+        for metric, value in found.metrics.items()
+    ]
 
 
-def _put_dense(task: TaskSection, model: nn.Module, folder: Path) -> None:
-    """Load the result of phase 1 into the model."""
-    values = TensorFile(folder / f"iteration-{task.iterations - 1}" / "dense.safetensors")
+def dense_path(folder: Path, iterations: int = 1) -> Path:
+    """Return the file with the result of a run's last dense phase."""
+    return folder / f"iteration-{iterations - 1}" / "dense.safetensors"
+
+
+def put_dense(model: nn.Module, path: Path) -> None:
+    """Load the result of a dense phase into the model."""
+    values = TensorFile(path)
     index = ParameterIndex(model)
     with torch.no_grad():
         for name in values:

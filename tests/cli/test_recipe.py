@@ -78,7 +78,7 @@ def test_a_data_dir_that_is_not_there_is_named_and_no_name_is_looked_up(
         raise AssertionError("the base was looked up")
 
     for loader in ("load_model", "load_tokenizer"):
-        monkeypatch.setattr(f"sparseft.training.units.{loader}", looked_up)
+        monkeypatch.setattr(f"sparseft.training.setups.{loader}", looked_up)
     out = f"output_dir={tmp_path / 'out'}"
     command, *options = words
     assert main([command, name or str(recipe), "data_dir=/nope", out, *options]) == 2
