@@ -8,10 +8,13 @@ model (sparseft/attachment.py).
 from sparseft.selection.blocks import select_blocks
 from sparseft.selection.deltas_svd import select_deltas_svd
 from sparseft.selection.file import select_file
+from sparseft.selection.fisher import select_fisher
 from sparseft.selection.function import select_function
+from sparseft.selection.gradient import select_gradient
 from sparseft.selection.low_rank import select_low_rank
 from sparseft.selection.magnitude import select_magnitude
 from sparseft.selection.masks import Masks
+from sparseft.selection.movement import select_movement
 from sparseft.selection.n_of_m import select_n_of_m
 from sparseft.selection.random import select_random
 from sparseft.selection.registry import (
@@ -39,9 +42,12 @@ __all__ = [
     "select_blocks",
     "select_deltas_svd",
     "select_file",
+    "select_fisher",
     "select_function",
+    "select_gradient",
     "select_low_rank",
     "select_magnitude",
+    "select_movement",
     "select_n_of_m",
     "select_random",
     "select_rows",
