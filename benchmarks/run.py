@@ -7,6 +7,8 @@
     python benchmarks/run.py suite --only 'sampled_grad/*' --minutes 3
     python benchmarks/run.py compose                 # switching and loading adapters, XLM-R base
     python benchmarks/run.py compose --model small   # the same on a small encoder, a minute
+    python benchmarks/run.py denoise                 # truncated SVDs of an encoder, 4 minutes
+    python benchmarks/run.py select                  # the largest of 278 M differences, 3 minutes
 
 Run it as a file, not with -m. The sides run in turns; use an idle machine, or `--clock cpu` on
 a busy one. The table of training steps can also be asked for as `run.py step`.
@@ -23,16 +25,19 @@ import torch
 from sparseft.benchmarking import (
     StepCase,
     compose_cases,
+    denoise_cases,
     markdown_table,
     measure_step,
     results_folder,
     run_suite,
+    select_case,
     suite_cases,
     suite_markdown,
     suite_source,
     suite_table,
     write_results,
 )
+from sparseft.benchmarking.suite import Case
 
 HERE = Path(__file__).resolve().parent
 COLUMNS = {
@@ -159,6 +164,42 @@ def parse_compose(arguments: list[str]) -> argparse.Namespace:
 
 def compose(arguments: list[str]) -> int:
     options = parse_compose(arguments)
+    return one_table(options, compose_cases(options.model, options.dtype, density=options.density))
+
+
+def parse_selection(command: str, arguments: list[str]) -> argparse.Namespace:
+    what = {
+        "denoise": "Denoising an encoder's matrices against loops of SVDs.",
+        "select": "Choosing the largest differences against composable-sft's list and partition.",
+    }
+    parser = argparse.ArgumentParser(prog=f"run.py {command}", description=what[command])
+    parser.add_argument("--model", default="xlmr_base", choices=["xlmr_base", "small", "tiny"])
+    parser.add_argument("--rank", type=int, default=64)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "--clock", choices=["wall", "cpu"], default="wall", help="cpu: processor time, one thread"
+    )
+    parser.add_argument("--only", default="*", help="glob over names of cases")
+    parser.add_argument("--rounds", type=int, default=11, help="timed rounds of a case, at most")
+    parser.add_argument("--case-seconds", type=float, default=40.0, help="rounds end after so long")
+    parser.add_argument("--out", type=Path, help="folder of the results; left out: results/")
+    parser.add_argument("--name", default=command, help="name of the result files")
+    return parser.parse_args(arguments)
+
+
+def denoise(arguments: list[str]) -> int:
+    options = parse_selection("denoise", arguments)
+    return one_table(options, denoise_cases(options.model, rank=options.rank, clock=options.clock))
+
+
+def select(arguments: list[str]) -> int:
+    options = parse_selection("select", arguments)
+    return one_table(options, [select_case(options.model, rank=options.rank, clock=options.clock)])
+
+
+def one_table(options: argparse.Namespace, cases: list[Case]) -> int:
+    """Run cases and write all their contenders in one table."""
     torch.set_num_threads(options.threads)
     tiny = options.model == "tiny"
     extra = suite_source(torch.device(options.device), tiny=tiny)
@@ -168,7 +209,7 @@ def compose(arguments: list[str]) -> int:
         print(f"{done['status']:5} {done['took_seconds']:6.1f} s  {done['name']}", flush=True)
 
     results = run_suite(
-        compose_cases(options.model, options.dtype, density=options.density),
+        cases,
         options.device,
         only=options.only,
         minutes=float("inf"),
@@ -215,10 +256,9 @@ def step(arguments: list[str]) -> int:
 
 
 def main(arguments: list[str]) -> int:
-    if arguments[:1] == ["suite"]:
-        return suite(arguments[1:])
-    if arguments[:1] == ["compose"]:
-        return compose(arguments[1:])
+    commands = {"suite": suite, "compose": compose, "denoise": denoise, "select": select}
+    if arguments[:1] and arguments[0] in commands:
+        return commands[arguments[0]](arguments[1:])
     return step(arguments[1:] if arguments[:1] == ["step"] else arguments)
 
 

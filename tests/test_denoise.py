@@ -189,7 +189,7 @@ def test_no_more_than_the_memory_is_held():
     given = triples({f"{i:02}": ((96, 160), (160, 96), (96, 96))[i % 3] for i in range(60)})
     memory = 1_500_000
     peak = module.peak_bytes(
-        lambda: [None for _ in denoised(given, Denoise(rank=4, memory=memory))]
+        lambda: [None for _ in denoised(given, Denoise(rank=40, memory=memory))]
     )
     everything = sum(theta1.numel() * 4 for _, theta1, _ in given)
     # pruning has scratch of its own: an eighth of a matrix and what its products need

@@ -5,7 +5,12 @@ has no speed. `training_step` holds the committed table of CPU steps, `suite` an
 kernels and GPU steps.
 """
 
-from sparseft.benchmarking.cases import compose_cases, suite_cases
+from sparseft.benchmarking.cases import (
+    compose_cases,
+    denoise_cases,
+    select_case,
+    suite_cases,
+)
 from sparseft.benchmarking.paired import Comparison, alternate
 from sparseft.benchmarking.results import markdown_table, results_folder, write_results
 from sparseft.benchmarking.suite import run_suite
@@ -17,10 +22,12 @@ __all__ = [
     "StepCase",
     "alternate",
     "compose_cases",
+    "denoise_cases",
     "markdown_table",
     "measure_step",
     "results_folder",
     "run_suite",
+    "select_case",
     "suite_cases",
     "suite_markdown",
     "suite_source",

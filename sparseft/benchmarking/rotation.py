@@ -18,7 +18,7 @@ import torch
 
 __all__ = ["Clock", "Timing", "rotate", "spread"]
 
-Clock = Literal["device", "wall"]
+Clock = Literal["device", "wall", "cpu"]
 
 # Written before each run: several times the largest L2 there is (126 MB).
 _FLUSH_BYTES = 512 << 20
@@ -69,6 +69,7 @@ class _Stopwatch:
         self.device, self.clock = device, clock
         self.cuda = device.type == "cuda"
         self.events = self.cuda and clock == "device"
+        self.read = time.process_time if clock == "cpu" else time.perf_counter
         self.flush: torch.Tensor | None = None
         if self.cuda:
             self.flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device)
@@ -93,11 +94,11 @@ class _Stopwatch:
             self.flush.zero_()
         if not self.events:
             self.wait()
-            start = time.perf_counter()
+            start = self.read()
             run()
-            returned = time.perf_counter() - start
+            returned = self.read() - start
             self.wait()
-            return time.perf_counter() - start, returned
+            return self.read() - start, returned
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda._sleep(int(lead * _CYCLES_PER_SECOND))
         begin.record()
@@ -126,17 +127,23 @@ def rotate(
         device: whose clock is read, and waited for.
         clock: ``"device"``: events around the work, launches hidden behind earlier work;
             ``"wall"``: from an idle device until it is idle again, launches included. On a CPU both
-            are the wall clock.
+            are the wall clock. ``"cpu"``: the processor time of this process, for machines busy
+            with other work; one thread and no GPU.
         rounds: timed rounds, at least 2.
         least: rounds to do whatever ``seconds`` says, at least 2.
         seconds: start no round after so long; None: do all rounds.
         warmup: untimed rounds first.
 
     Raises:
-        ValueError: fewer than two rounds.
+        ValueError: fewer than two rounds, or ``"cpu"`` where it would measure something else.
     """
     if min(rounds, least) < 2:
         raise ValueError(f"{rounds=}, {least=}; a spread needs at least 2")
+    if clock == "cpu" and (torch.device(device).type != "cpu" or torch.get_num_threads() != 1):
+        raise ValueError(
+            f"clock='cpu' adds up the time of all threads: it needs one thread on a CPU, and this "
+            f"is {torch.get_num_threads()} on {device}"
+        )
     watch = _Stopwatch(torch.device(device), clock)
     names = list(contenders)
     leads = dict.fromkeys(names, 0.0)

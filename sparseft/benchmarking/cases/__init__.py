@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from sparseft.benchmarking.cases.compose import compose_cases, grid_case, language_case, switch_case
+from sparseft.benchmarking.cases.denoise import denoise_cases
 from sparseft.benchmarking.cases.entries import entries_case
 from sparseft.benchmarking.cases.model_step import BASE, TINY, model_step_case
 from sparseft.benchmarking.cases.optimizer import optimizer_case
 from sparseft.benchmarking.cases.sampled_grad import sampled_grad_case
+from sparseft.benchmarking.cases.select import select_case
 from sparseft.benchmarking.cases.spmm import spmm_case
 from sparseft.benchmarking.cases.topk import LLAMA, SMALL, XLMR, topk_case
 from sparseft.benchmarking.suite import Case
 
-__all__ = ["compose_cases", "suite_cases"]
+__all__ = ["compose_cases", "denoise_cases", "select_case", "suite_cases"]
 
 
 def suite_cases(*, tiny: bool = False) -> list[Case]:
