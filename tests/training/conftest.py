@@ -57,6 +57,64 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+_LABELS = ("negative", "neutral", "positive")
+
+
+def sentences(n: int, shift: int = 0) -> list[tuple[str, str]]:
+    return [
+        (f"w{(i * 7 + shift) % 50} w{i % 11} w{(3 * i) % 40} w{i % 5}", _LABELS[i % 3])
+        for i in range(n)
+    ]
+
+
+@pytest.fixture
+def recipe_data(tmp_path: Path, tiny_base: Path) -> dict:
+    for folder, shift in (("indonesian", 0), ("balinese", 3), ("sundanese", 5)):
+        path = tmp_path / "data" / "nusax" / "sentiment" / folder
+        path.mkdir(parents=True)
+        lines = [f"{i},{t},{label}" for i, (t, label) in enumerate(sentences(9, shift))]
+        (path / "test.csv").write_text("id,text,label\n" + "\n".join(lines) + "\n")
+    train = tmp_path / "data" / "smsa.tsv"
+    train.write_text("".join(f"{t}\t{label}\n" for t, label in sentences(30)))
+    for language in ("ban", "ind"):
+        text = "\n".join(t for t, _ in sentences(40, len(language)))
+        (tmp_path / "data" / f"{language}.txt").write_text(text + "\n")
+    common = {
+        "steps": 3,
+        "batch_size": 4,
+        "max_length": 12,
+        "lr": 1e-3,
+        "density": 0.1,
+        "save_every": 2,
+        "log_every": 1,
+    }
+    return {
+        "name": "tiny",
+        "data_dir": str(tmp_path / "data"),
+        "output_dir": str(tmp_path / "out"),
+        "model": {"base": str(tiny_base), "device": "cpu"},
+        "task": {
+            **common,
+            "name": "nusax_senti",
+            "source": "ind",
+            "train_file": "smsa.tsv",
+            "columns": ["text", "label"],
+            "seeds": [0, 1],
+            "exclude": ["*LayerNorm*"],
+        },
+        "language": {
+            **common,
+            "texts": {"ban": "ban.txt"},
+            "exclude": ["*LayerNorm*", "cls.*"],
+        },
+        "evaluation": {
+            "data": "nusax/sentiment",
+            "languages": ["ind", "ban", "sun"],
+            "max_length": 12,
+        },
+    }
+
+
 @pytest.fixture
 def make(tiny, rows):
     """Factory of factories: ``make(**options of LoopTrainer)`` -> make_trainer."""
