@@ -8,7 +8,7 @@ Here: when to train what, and going on after an interruption. Not here: what a m
 from __future__ import annotations
 
 from sparseft.training.loop import LoopResult, LoopTrainer
-from sparseft.training.lottery import LotteryTicketResult, lottery_ticket
+from sparseft.training.lottery import LotteryTicketResult, dense_phase, lottery_ticket
 from sparseft.training.phases import Phase
 from sparseft.training.reselection import Reselection
 from sparseft.training.schedule import SCHEDULES
@@ -20,5 +20,6 @@ __all__ = [
     "LotteryTicketResult",
     "Phase",
     "Reselection",
+    "dense_phase",
     "lottery_ticket",
 ]

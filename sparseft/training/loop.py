@@ -79,6 +79,22 @@ def _model_loss(model: nn.Module, batch: Any) -> Tensor:
     return loss
 
 
+class _Pass:
+    """The batches of a trainer's first epoch, on its device."""
+
+    def __init__(self, trainer: LoopTrainer) -> None:
+        self._trainer = trainer
+
+    def __len__(self) -> int:
+        return -(-len(self._trainer.dataset) // self._trainer.batch_size)
+
+    def __iter__(self) -> Iterator[Any]:
+        of = self._trainer
+        order = batch_order(len(of.dataset), of.batch_size, seed=of.seed, shuffle=of.shuffle)
+        for _ in range(len(self)):
+            yield _to_device(of.collate([of.dataset[i] for i in next(order)]), of.device)
+
+
 class LoopTrainer:
     """Minimise ``loss_fn(model, batch)`` over ``steps`` optimizer steps.
 
@@ -226,13 +242,9 @@ class LoopTrainer:
         """Delete all checkpoints, the best one's copy included."""
         self._folder.clear()
 
-    def batches(self) -> Iterator[Any]:
-        """Yield the batches that training would see, one pass, on the device."""
-        order = batch_order(
-            len(self.dataset), self.batch_size, seed=self.seed, shuffle=self.shuffle, start=0
-        )
-        for _ in range(-(-len(self.dataset) // self.batch_size)):
-            yield _to_device(self.collate([self.dataset[i] for i in next(order)]), self.device)
+    def batches(self) -> Iterable[Any]:
+        """Return the batches of one pass as training would see them, to be read again and again."""
+        return _Pass(self)
 
     def train(self, resume_from_checkpoint: str | Path | bool | None = None) -> LoopResult:
         """Run the loop to its end, from a checkpoint if one is given (True: the newest, if any)."""
