@@ -127,8 +127,8 @@ def select(
             ("rows", "blocks", "tiles", "n:m") build on the scores of another: ``score=`` names it,
             and takes its options too.
         nnz: entries to keep in total. A list of numbers gives a list of `Masks`, each what its
-            number alone would give, from one computation of the scores; nested with scope
-            "global".
+            number alone would give, from one computation of the scores (of which a shortlist of
+            candidates is as long as the largest number needs); nested with scope "global".
         density: fraction to keep, in (0, 1], or a list of them; instead of ``nnz``.
         density_of: what density is a fraction of: the candidates' entries, or those of all
             floating parameters of the model.

@@ -53,7 +53,8 @@ def select_tiles(
         score: the method that scores entries; it is computed twice.
         fraction: tiles to use, in (0, 1] of all there are (rounded up): those with the largest sum
             of scores. Tiles at the right and lower edges are smaller and compete by the sum they
-            have. More are used where nnz would not fit.
+            have. More are used where nnz would not fit; masks of a list of counts nest as long as
+            none needs that.
         options: of the scoring method.
 
     Raises:
