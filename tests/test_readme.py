@@ -77,3 +77,5 @@ def test_examples_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
             assert torch.equal(parameter, before[name]), name
     assert (tmp_path / "nli" / "adapter.safetensors").is_file()
     assert names["result"].adapter.nnz == names["result"].nnz > 0
+    assert 0 < names["small"].nnz < names["large"].nnz
+    assert names["large"].dense_path == names["result"].dense_path
