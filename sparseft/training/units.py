@@ -28,6 +28,7 @@ from sparseft.evaluation import (
 from sparseft.io.atomic import atomic_write_json
 from sparseft.modules import ParameterIndex
 from sparseft.training.lottery import lottery_ticket
+from sparseft.training.mask_choice import MaskChoice
 from sparseft.training.recipe import Recipe
 from sparseft.training.sections import LanguageSection, TaskSection, TrainSection
 from sparseft.training.setups import Setup, base_of, language_setup, load_base, task_setup
@@ -136,9 +137,13 @@ def evaluation_unit(recipe: Recipe, seed: int, path: Path, home: Path) -> Unit:
         raise RecipeError("the recipe has no task section to evaluate.")
     task_unit_name = f"task-seed{seed}"
     adapted = [lang for lang in section.languages if lang in recipe.language.texts]
+    settings = list(section.settings)
+    if not _has_dense(task_section) and "full" in settings:
+        logger.info("selector %s runs no dense phase: no full setting", task_section.selector)
+        settings.remove("full")
     wanted = [
         (setting, language)
-        for setting in section.settings
+        for setting in settings
         for language in (adapted if setting == "task+language" else section.languages)
     ]
     needs = (task_unit_name, *(f"language-{lang}" for lang in adapted))
@@ -163,6 +168,14 @@ def evaluation_unit(recipe: Recipe, seed: int, path: Path, home: Path) -> Unit:
             atomic_write_json(path, {"key": key(), "rows": [vars(r) for r in rows]})
 
     return Unit(f"evaluate-seed{seed}", run, done, needs)
+
+
+def _has_dense(section: TaskSection) -> bool:
+    """Whether a section's lottery tickets begin with full fine-tuning."""
+    choice = MaskChoice.of(
+        section.selector, section.scope, section.selector_options, section.denoising()
+    )
+    return choice.needs_dense
 
 
 def _is(row: Result, setting: str, language: str) -> bool:

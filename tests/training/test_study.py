@@ -202,3 +202,32 @@ def test_an_interrupted_command_says_how_to_go_on(recipe_data, tmp_path, capsys,
         tmp_path / f / "task-seed0" / "adapter" / "adapter.safetensors" for f in ("out", "whole")
     )
     assert a.read_bytes() == b.read_bytes()
+
+
+def test_selectors_and_denoising_come_from_the_recipe(recipe_data, tmp_path):
+    """Without a dense phase there is no full fine-tuning to score; denoised masks have one."""
+    recipe_data["task"].update(seeds=[0], selector="low_rank", selector_options={"rank": 2})
+    recipe_data["language"].update(denoise={"rank": 2, "residual": 0.1})
+    recipe_data["evaluation"]["languages"] = ["ban"]
+    result = run_study(load_recipe(recipe_data))
+    assert {r.setting for r in result.results.rows} == {"task", "task + language"}
+    task = Adapter.load(tmp_path / "out/task-seed0/adapter")
+    assert task.metadata.method == "lottery_ticket/low_rank"
+    assert not (tmp_path / "out/task-seed0/iteration-0/dense.safetensors").exists()
+    language = Adapter.load(tmp_path / "out/language-ban/adapter")
+    assert language.metadata.method == "lottery_ticket/deltas_svd"
+    assert language.metadata.extra["selector_options"]["rank"] == 2
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"denoise": {"rnk": 2}}, r"task.denoise is \{'rnk': 2\}"),
+        ({"denoise": {"rank": 2, "energy": 0.5}}, "task.denoise"),
+        ({"selector": "lowrank"}, "task.selector is 'lowrank'.*'low_rank'"),
+    ],
+)
+def test_a_wrong_way_to_choose_is_named_when_the_recipe_is_read(recipe_data, values, message):
+    recipe_data["task"].update(values)
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(recipe_data)
