@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from sparseft.ops import backend
     from sparseft.optim import SparseAdamW, SparseLion, SparseSGD
     from sparseft.selection import register_selector, select
-    from sparseft.training import lottery_ticket
+    from sparseft.training import Reselection, lottery_ticket
 
 # Public name -> module that defines it.
 _EXPORTS = {
@@ -35,6 +35,7 @@ _EXPORTS = {
     "Attachment": "sparseft.attachment",
     "Composer": "sparseft.composition",
     "Denoise": "sparseft.denoise",
+    "Reselection": "sparseft.training",
     "SeparateComposer": "sparseft.composition",
     "SparseAdamW": "sparseft.optim",
     "SparseDiff": "sparseft.diff",
@@ -59,6 +60,7 @@ __all__ = [
     "Attachment",
     "Composer",
     "Denoise",
+    "Reselection",
     "SeparateComposer",
     "SparseAdamW",
     "SparseDiff",
