@@ -59,7 +59,9 @@ def prune_blocks(
             if cut is not None:
                 _write(delta[i], left[i], right[i], cut)
             elif k == 0:
-                torch.matmul(left[i], right[i], out=delta[i])
+                # by blocks here, too: the low-rank part has the same bits whatever is kept
+                for rows, columns in _blocks(delta[i]):
+                    delta[i, rows, columns] = left[i, rows] @ right[i, :, columns]
 
 
 def _blocks(delta: Tensor) -> Iterator[tuple[slice, slice]]:

@@ -120,7 +120,7 @@ def _difference_blocks(out: Tensor, theta1: Tensor, theta0: Tensor | None) -> No
         if wide == out.dtype:
             out[at].copy_(theta1[at]).sub_(old)
         else:
-            out[at].copy_(theta1[at].to(device=out.device, dtype=wide).sub_(old))
+            out[at].copy_(theta1[at].to(device=out.device, dtype=wide) - old)
 
 
 # ---- pruning
@@ -225,7 +225,7 @@ def _checked(
 
 def _counts(delta: Tensor, keep: int | Sequence[int]) -> tuple[int, ...]:
     count, m, n = delta.shape
-    counts = (keep,) * count if isinstance(keep, int) else tuple(keep)
+    counts = tuple(keep) if isinstance(keep, Sequence) else (keep,) * count
     if len(counts) != count or not all(
         isinstance(k, int) and not isinstance(k, bool) and 0 <= k <= m * n for k in counts
     ):
