@@ -2,6 +2,10 @@
 
 Every tensor of the leaf's shape moves entry by entry, bit for bit; an entry that is new starts at
 zero; scalars (step counts) stay. That holds for all of torch.optim's entry-wise rules and for ours.
+
+(Tried for AdamW: a new entry's second moment from the squared gradient by which it was grown. Its
+first steps are then short, it is the next to be dropped, and of 80 entries that a teacher-student
+problem is about 43 were found instead of 78.)
 """
 
 from __future__ import annotations

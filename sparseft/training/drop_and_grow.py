@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sparseft.diff import SparsePattern
 from sparseft.modules.leaves import MaskedParameter
+from sparseft.modules.transplant import Moves
 from sparseft.ops import topk_patterns
 
 __all__ = ["DROP", "RATES", "Found", "candidate_counts", "counts_to_move", "drop_and_grow"]
@@ -66,6 +67,16 @@ def candidate_counts(
     return out
 
 
+def _outside(pattern: SparsePattern, found: Found) -> Found:
+    """Leave out candidates that the mask has taken in since they were named."""
+    inside = Moves.between(pattern.indices, found.indices.to(pattern.indices)).new
+    if not inside.numel():
+        return found
+    keep = torch.ones(found.indices.numel(), dtype=torch.bool, device=inside.device)
+    keep[inside] = False
+    return Found(found.indices[keep], found.scores[keep])
+
+
 def drop_and_grow(
     masks: Mapping[str, MaskedParameter],
     found: Mapping[str, Found],
@@ -78,7 +89,7 @@ def drop_and_grow(
 
     Args:
         masks: what is masked, in canonical order, which decides ties under "global".
-        found: candidates outside of the masks; those whose gradient is 0 are never grown.
+        found: candidates; those in the mask, or whose gradient is 0, are never grown.
         rate: share of the entries that move, below 1; fewer where candidates lack.
         scope: "tensor" (each keeps its count) or "global" (the total is kept).
         drop: a name of `DROP`.
@@ -87,6 +98,7 @@ def drop_and_grow(
         name -> pattern. Exactly as many entries are grown as dropped. Ties, in both: the entry with
         the lower flat index is kept, or grown.
     """
+    found = {n: _outside(masks[n].pattern, f) for n, f in found.items()}
     moving = counts_to_move({n: m.pattern.nnz for n, m in masks.items()}, rate, scope)
     groups = [list(masks)] if scope == "global" else [[name] for name in masks]
     new: dict[str, SparsePattern] = {}

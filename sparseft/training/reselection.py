@@ -48,14 +48,14 @@ class Reselection:
     ``transformers.Trainer``. In a loop of your own, call `step` right before ``optimizer.step()``.
 
     Over the last ``accumulate`` steps before a round, gradients of candidates are summed: the first
-    of these steps names the candidates, the largest gradients outside of the mask, the others add
-    theirs at the same places. In the round, between the last backward and its optimizer step, the
-    least useful entries go back to their base and as many candidates with the largest sums take
-    their place, from any start mask. The entry just dropped is no candidate: it was in the mask
-    while candidates were named.
+    of these steps (its first micro-batch) names the candidates, the largest gradients outside of
+    the mask, the others add theirs at the same places. In the round, between the last backward and
+    its optimizer step, the least useful entries go back to their base and as many candidates with
+    the largest sums take their place, from any start mask. An entry just dropped is no candidate:
+    it was in the mask while candidates were named.
 
     Args:
-        attachment: whose masks move.
+        attachment: whose masks move; a leaf that does not require grad keeps its mask.
         every: steps between rounds.
         accumulate: steps whose gradients are summed before a round, at most ``every``.
         rate: share of the entries that move in a round, at first; below 1.
@@ -75,10 +75,14 @@ class Reselection:
     Numerics: exactly as many entries are grown as dropped; ties go to the lower flat index. Grown
         entries start at diff 0 with zero moments, while AdamW's step count stays the tensor's:
         with betas (0.9, 0.999) their first steps are 3 to 6.5 times lr long where the gradient
-        keeps its sign, as RigL's are. No dense gradient is formed. A candidate takes 8 bytes
-        between steps (int32 index, fp32 sum), and only inside a window. Ranks agree bit for bit.
-        A resumed run equals the uninterrupted one: patterns, sums and the step are in
-        ``model.state_dict()`` (checkpoints of both trainers hold them), and in `state_dict`.
+        keeps its sign, as RigL's are. Ranks agree bit for bit. A resumed run equals the
+        uninterrupted one: patterns, sums and the step are in ``model.state_dict()`` (checkpoints of
+        both trainers hold them), and in `state_dict`. With loss scaling, a step whose gradients
+        overflow inside a window skips that round.
+
+    Memory: no dense gradient. A candidate takes 8 bytes between the steps of a window (int32 index,
+    fp32 sum), 4 more during a step; nothing is kept outside of windows. A step of a window takes
+    the tile of `GradientScores`, a round 4 bytes for each entry of a mask (scope "global": of all).
 
     Example:
         >>> import torch, sparseft
@@ -113,6 +117,11 @@ class Reselection:
         candidates: float = 4.0,
         group: Any = None,
     ) -> None:
+        if not isinstance(attachment, Attachment):
+            raise AttachError(
+                f"a Reselection moves the masks of an Attachment, got {type(attachment).__name__}. "
+                "In lottery_ticket, only the sparse phase has one: phase.attachment."
+            )
         for name, value, low in (("every", every, 1), ("accumulate", accumulate, 1)):
             if value < low:
                 raise ValueError(f"{name} must be at least {low}, got {value}.")
@@ -318,8 +327,9 @@ class Reselection:
                 f"the run began with Reselection({odd[0]}={settings.get(odd[0])!r}), this one has "
                 f"{self._given[odd[0]]!r}. Use the options that it began with."
             )
-        if set(state["indices"]) != set(masks):
-            odd = sorted(set(state["indices"]) ^ set(masks))
+        if set(state["indices"]) != set(masks) or not set(state["candidates"]) <= set(masks):
+            given = set(state["indices"]), set(state["candidates"])
+            odd = sorted((given[0] ^ set(masks)) | (given[1] - set(masks)))
             raise ResumeError(
                 f"the Reselection's state and the model mask other parameters; {len(odd)} differ, "
                 f"first {odd[0]!r}. Attach the masks that the run began with."
@@ -327,8 +337,8 @@ class Reselection:
         new = {n: _pattern(state["indices"][n], n, masks[n]) for n in masks}
         found = {}
         for name, indices in state["candidates"].items():
-            pattern, scores = _pattern(indices, name, masks[name]), state["scores"][name]
-            if scores.shape != indices.shape:
+            pattern, scores = _pattern(indices, name, masks[name]), state["scores"].get(name)
+            if scores is None or scores.shape != indices.shape:
                 raise ResumeError(f"candidates of {name!r} lack scores; the state is damaged.")
             found[name] = Found(pattern.indices, scores.to(masks[name].device, copy=True))
         optimizer = self._optimizer()
@@ -354,7 +364,16 @@ class Reselection:
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Take back what `tensors` gave."""
-        state = json.loads(bytes(tensors["state"].tolist()))
+        try:
+            state = json.loads(bytes(tensors["state"].tolist()))
+            counts = [state["step"], state["rounds"], state["moved"]]
+            whole = isinstance(state["settings"], dict) and all(
+                type(n) is int and n >= 0 for n in counts
+            )
+        except (KeyError, TypeError, ValueError, RecursionError):
+            whole = False
+        if not whole:
+            raise ResumeError("the Reselection's part of the model's state dict is damaged.")
         for part in ("indices", "candidates", "scores"):
             state[part] = {
                 key.removeprefix(f"{part}."): tensor

@@ -106,6 +106,17 @@ def test_few_candidates_or_none_with_a_gradient_move_less():
     assert len(lost) == 2
 
 
+def test_candidates_that_the_mask_has_taken_in_since_are_left_out():
+    masks, found = make()
+    taken = masks["a"].pattern.indices[:4]
+    indices, order = torch.cat([found["a"].indices, taken]).sort()
+    scores = torch.cat([found["a"].scores, torch.full((4,), 100.0)])[order]
+    plain = drop_and_grow(masks, found, rate=0.3, scope="tensor", drop="diff")
+    found["a"] = Found(indices, scores)
+    again = drop_and_grow(masks, found, rate=0.3, scope="tensor", drop="diff")
+    assert again["a"].equals(plain["a"])
+
+
 def test_counts():
     assert counts_to_move({"a": 20, "b": 1, "c": 3}, 0.5, "tensor") == {"a": 10, "b": 0, "c": 1}
     assert counts_to_move({"a": 20, "b": 1, "c": 3}, 0.5, "global") == {"": 12}

@@ -368,6 +368,48 @@ def test_candidates_take_eight_bytes_each_and_nothing_between_windows():
     assert sizes[9] == 0
 
 
+class Memory:
+    """Peak of what is allocated inside a ``with`` block, above what was there."""
+
+    def __enter__(self):
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        self._profile = torch.profiler.profile(activities=activities, profile_memory=True)
+        self._profile.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        self._profile.__exit__(*error)
+        level = self.peak = 0
+        for event in self._profile.profiler.kineto_results.events():
+            if event.name() == "[memory]":
+                level += event.nbytes()
+                self.peak = max(self.peak, level)
+
+
+def test_no_dense_gradient_is_formed_in_a_window_or_a_round():
+    side, x = 4096, torch.randn(2, 4096)
+    model = nn.Linear(side, side, bias=False)
+    with Memory() as dense:
+        model(x).pow(2).sum().backward()
+    assert dense.peak >= 4 * side * side
+    model.weight.grad = None
+    mask = torch.zeros(side * side, dtype=torch.bool)
+    mask[::400] = True
+    sparse = attach(model, {"weight": mask.view(side, side)})
+    optimizer = torch.optim.SGD(sparse.parameters(), lr=1e-4)
+    moving = Reselection(sparse, steps=1000, every=3, accumulate=2)
+    peaks = []
+    for _ in range(3):  # outside, naming candidates, and at candidates with the round
+        with Memory() as memory:
+            model(x).pow(2).sum().backward()
+            moving.step(optimizer)
+            optimizer.step()
+        peaks.append(memory.peak / (4 * side * side))
+    assert moving.rounds == 1
+    # A tile (1/16 of dW) and what the ranking of a piece of 1 Mi entries takes.
+    assert max(peaks) < 0.4, peaks
+
+
 def test_copies_pickles_and_detach_inside_a_window():
     student, teacher, _, start = teacher_and_student()
     sparse = attach(student, start)
@@ -412,6 +454,8 @@ def test_options_out_of_range_are_named():
     ):
         with pytest.raises(ValueError, match=message):
             Reselection(sparse, steps=10, **options)
+    with pytest.raises(AttachError, match="got NoneType. In lottery_ticket"):
+        Reselection(None, steps=10)
     moving = Reselection(sparse)
     with pytest.raises(AttachError, match="a Reselection moves masks of this model already"):
         Reselection(sparse, steps=10)
@@ -434,6 +478,13 @@ def test_states_of_other_runs_are_refused(tmp_path):
     wild = {**state["indices"], "layer.weight": torch.tensor([5, 4])}
     with pytest.raises(MaskError, match="state of 'layer.weight'.*not fit"):
         moving.load_state_dict({**state, "indices": wild})
+    damaged = {**moving.tensors(), "state": torch.tensor(list(b"[1]"), dtype=torch.uint8)}
+    with pytest.raises(ResumeError, match="is damaged"):
+        moving.load_tensors(damaged)
+    candidates = {"layer.weight": state["indices"]["layer.weight"]}
+    with pytest.raises(ResumeError, match="candidates of 'layer.weight' lack scores"):
+        moving.load_state_dict({**state, "candidates": candidates})
+    assert sparse.patterns["layer.weight"].to_mask().equal(start["layer.weight"])
     trainer = loop(student, teacher, tmp_path, steps=4)
     trainer.add_callback(moving)
     trainer.train()
