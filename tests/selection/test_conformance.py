@@ -252,6 +252,27 @@ class TestSeveralCounts:
         select(tuned, nnz=[5, 50, 20], base=base, scope=scope)
         assert sum(taken) == NUMEL
 
+    @pytest.mark.parametrize("scope", ["global", "tensor"])
+    def test_where_kernels_read_the_tensors(self, scope, pair, monkeypatch):
+        """Then each count is a launch over the same pairs; no difference is formed for it here."""
+        from sparseft.selection import scopes
+
+        base, tuned = pair()
+        walked = select(tuned, nnz=[5, 50, 0], base=base, scope=scope)
+        launched = []
+
+        def launch(pairs, nnz, of=scopes.topk_differences):
+            launched.append(nnz)
+            return of(pairs, nnz)
+
+        monkeypatch.setattr(scopes, "current_backend", lambda: "triton")
+        monkeypatch.setattr(scopes, "topk_differences", launch)
+        for one, other in zip(
+            walked, select(tuned, nnz=[5, 50, 0], base=base, scope=scope), strict=True
+        ):
+            assert one.equals(other)
+        assert len(launched) == 3 * (1 if scope == "global" else len(CANDIDATES))
+
     def test_ready_masks_have_the_count_they_have(self, pair, tmp_path):
         base, tuned = pair()
         path = select(tuned, nnz=31, base=base).save(tmp_path / "m.safetensors")
