@@ -6,6 +6,7 @@ Lanes: default (any CPU), ``-m interpret`` (own process, TRITON_INTERPRET=1), ``
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import sys
@@ -14,6 +15,10 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+
+# One thread an operation, before torch is loaded: the kernel lane has the second core, and threads
+# that wait for one another on a taken core make small operations up to ten times slower.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).resolve().parent.parent
 REAL_DATA = Path(os.environ.get("SPARSEFT_TEST_DATA", ROOT.parent / "shared" / "data"))
@@ -57,6 +62,20 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     if os.environ.get("SPARSEFT_REQUIRE_GPU") == "1":
         pytest.fail(f"{reason}, and SPARSEFT_REQUIRE_GPU=1 asks for one")
     pytest.skip(reason)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def settled_heap() -> None:
+    """Keep what is loaded by now (torch, transformers, every test) out of later collections.
+
+    Code that calls ``gc.collect`` before it measures would walk all of it each time.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # or the interpreter's end would report what it cannot free
 
 
 @pytest.fixture(scope="session")
