@@ -7,7 +7,9 @@ finds the files by name and runs them all.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import os
 import re
 import subprocess
 from dataclasses import dataclass
@@ -99,13 +101,7 @@ def _nvidia_usage(cubin: bytes, target: str, folder: Path) -> dict[str, int]:
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     if not tool.exists():
         pytest.skip(f"this Triton brings no cuobjdump ({tool})")
-    binary = folder / "kernel.cubin"
-    binary.write_bytes(cubin)
-
-    done = subprocess.run(
-        [tool, "-res-usage", "--dump-sass", binary], capture_output=True, text=True, check=True
-    )
-    code = done.stdout
+    code = _disassembly(tool, cubin, folder)
     held = re.search(r"REG:(\d+) STACK:(\d+)", code)
     assert held, "cuobjdump -res-usage prints no register count"
     return {
@@ -115,6 +111,26 @@ def _nvidia_usage(cubin: bytes, target: str, folder: Path) -> dict[str, int]:
         "global": len(re.findall(r"\b(?:LDG|STG|LDGSTS|UTMALDG)\b", code)),
         "mma": len(re.findall(_MMA[target], code)),
     }
+
+
+def _disassembly(tool: Path, cubin: bytes, folder: Path) -> str:
+    """What the tool prints of one binary, kept beside Triton's cache of the compiled kernels.
+
+    The tool takes a quarter of a second, whatever the size: those who share the cache run it once.
+    """
+    kept = Path(os.environ["TRITON_CACHE_DIR"], "sass", hashlib.sha256(cubin).hexdigest())
+    if kept.exists():
+        return kept.read_text(encoding="utf-8")
+    binary = folder / "kernel.cubin"
+    binary.write_bytes(cubin)
+    done = subprocess.run(
+        [tool, "-res-usage", "--dump-sass", binary], capture_output=True, text=True, check=True
+    )
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    half = kept.with_suffix(f".{os.getpid()}.tmp")  # never a half file under the name
+    half.write_text(done.stdout, encoding="utf-8")
+    half.replace(kept)
+    return done.stdout
 
 
 def _amd_usage(text: str, target: str) -> dict[str, int]:
