@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import random
+import runpy
 import signal
-import subprocess
-import sys
 import textwrap
 import time
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL on this system")
 
+# Given: folder, kind, say (the end of a pipe), errors (a file).
 SCRIPT = textwrap.dedent(
     """
-    import importlib.util, signal, sys
+    import importlib.util, signal, sys, torch
+    torch.set_num_threads(1)
+    sys.stderr = open(errors, "w")
     # Whatever started the tests in the background made them ignore it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     spec = importlib.util.spec_from_file_location("_tiny", {tiny!r})
@@ -25,11 +31,10 @@ SCRIPT = textwrap.dedent(
     spec.loader.exec_module(tiny)
     from sparseft.training import LoopTrainer, lottery_ticket
 
-    folder, kind = sys.argv[1:]
     rows = tiny.Rows(40)
 
     def make_trainer(model, phase):
-        print(phase.name, flush=True)
+        say.send(phase.name)
         if kind == "loop":
             return LoopTrainer(
                 model, rows, output_dir=phase.output_dir, seed=phase.seed, steps=150,
@@ -49,45 +54,68 @@ SCRIPT = textwrap.dedent(
         nnz=700, output_dir=folder, exclude=["*norm*" if kind == "loop" else "*LayerNorm*"],
         full_params=["classifier.*"], l1=0.01, seed=3,
     )
-    print("finished", result.adapter.digest, flush=True)
+    say.send("finished")
     """
 ).format(tiny=str(Path(__file__).with_name("_tiny.py")))
 
 
+@dataclass
+class Run:
+    """A process that trains: what it says on its way, and where its errors go."""
+
+    process: BaseProcess
+    heard: Connection
+    errors: Path
+
+    def says(self) -> str:
+        """Return the phase it has come to, "finished", or "" if it has ended without."""
+        try:
+            return self.heard.recv()
+        except EOFError:
+            return ""
+
+    def end(self, timeout: float) -> None:
+        self.process.join(timeout)
+        assert self.process.exitcode is not None, "the run does not end"
+
+
 @pytest.fixture(scope="module")
 def command(tmp_path_factory):
+    """``command(folder, kind)``: a process, forked where torch has been imported once for all."""
     script = tmp_path_factory.mktemp("script") / "run.py"
     script.write_text(SCRIPT)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "sparseft.training"])
 
-    def start(folder: Path, kind: str) -> subprocess.Popen:
-        return subprocess.Popen(
-            [sys.executable, str(script), str(folder), kind],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
+    def start(folder: Path, kind: str) -> Run:
+        heard, say = context.Pipe(duplex=False)
+        errors = tmp_path_factory.mktemp("errors") / "stderr.txt"
+        given = {"folder": str(folder), "kind": kind, "say": say, "errors": str(errors)}
+        process = context.Process(target=runpy.run_path, args=(str(script), given), daemon=True)
+        process.start()
+        say.close()  # so that the pipe ends with the process
+        return Run(process, heard, errors)
 
     return start
 
 
-def finish(process: subprocess.Popen, folder: Path) -> bytes:
-    out, error = process.communicate(timeout=300)
-    assert process.returncode == 0, error
-    assert "finished" in out
+def finish(run: Run, folder: Path) -> bytes:
+    said = list(iter(run.says, ""))
+    run.end(300)
+    assert run.process.exitcode == 0, run.errors.read_text()
+    assert said[-1] == "finished"
     return (folder / "iteration-0" / "adapter-nnz-700" / "adapter.safetensors").read_bytes()
 
 
-def kill_in(process: subprocess.Popen, phase: str, delay: float) -> bool:
+def kill_in(run: Run, phase: str, delay: float) -> bool:
     """Wait for a phase, then ``delay`` seconds, then kill; False if the run had ended by then."""
-    for line in process.stdout:
-        if line.strip() == phase or line.startswith("finished"):
+    for said in iter(run.says, ""):
+        if said in (phase, "finished"):
             break
     time.sleep(delay)
-    alive = process.poll() is None
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    alive = run.process.is_alive()
+    run.process.kill()
+    run.end(60)
     return alive
 
 
@@ -127,10 +155,10 @@ def test_killed_at_random_moments_the_bytes_are_the_same(tmp_path, command, expe
 
 def test_ctrl_c_leaves_a_state_that_goes_on(tmp_path, command, expected):
     stopped = tmp_path / "stopped"
-    process = command(stopped, "loop")
-    assert process.stdout.readline().strip() == "dense"
+    run = command(stopped, "loop")
+    assert run.says() == "dense"
     time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=60)
-    assert "KeyboardInterrupt" in error
+    os.kill(run.process.pid, signal.SIGINT)
+    run.end(60)
+    assert "KeyboardInterrupt" in run.errors.read_text()
     assert finish(command(stopped, "loop"), stopped) == expected("loop")

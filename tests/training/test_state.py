@@ -82,15 +82,31 @@ def test_tensors_come_back_bit_for_bit(tmp_path):
 
 
 def test_two_processes_cannot_run_in_one_folder(tmp_path):
-    code = (
-        "import sys; from pathlib import Path; from sparseft.training.state import exclusive\n"
-        f"with exclusive(Path({str(tmp_path)!r})): pass"
-    )
-    with exclusive(tmp_path):
-        held = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    free = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "another process is running" in held.stderr
-    assert free.returncode == 0, free.stderr
+    code = f"""
+import sys
+from pathlib import Path
+from sparseft.training.state import exclusive
+
+def attempt():
+    try:
+        with exclusive(Path({str(tmp_path)!r})):
+            print("entered", flush=True)
+    except Exception as error:
+        print(str(error).replace(chr(10), " "), flush=True)
+
+attempt()
+sys.stdin.readline()
+attempt()
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    ) as other:  # fmt: skip
+        with exclusive(tmp_path):
+            held = other.stdout.readline()
+        free, error = other.communicate("go\n", timeout=120)
+    assert "another process is running" in held, error
+    assert free == "entered\n", error
 
 
 def test_debris_of_a_killed_write_is_removed(tmp_path):
