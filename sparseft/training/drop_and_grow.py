@@ -31,7 +31,7 @@ DROP: dict[str, Callable[[MaskedParameter], Tensor]] = {
 
 
 class Found(NamedTuple):
-    """Candidates of one tensor: (n,) ascending flat indices outside of its mask; gradients there."""
+    """Candidates of one tensor: (n,) ascending flat indices, and the gradients there."""
 
     indices: Tensor
     scores: Tensor

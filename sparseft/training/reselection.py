@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -22,6 +22,7 @@ from sparseft._text import did_you_mean
 from sparseft.attachment import Attachment
 from sparseft.diff import SparsePattern
 from sparseft.errors import AttachError, MaskError, ResumeError
+from sparseft.modules._gradient_sums import TensorSums
 from sparseft.modules.gradient_scores import GradientScores
 from sparseft.modules.leaves import MaskedParameter
 from sparseft.modules.ranks import check_agreement, processes
@@ -250,6 +251,8 @@ class Reselection:
             exclude={n: patterns[n] for n in candidates},
             group=self.group,
         )
+        for sums in self._tap._sums:
+            _pass_over_nan(sums)
         self._tap.__enter__()
 
     def _close_window_step(self) -> None:
@@ -435,6 +438,25 @@ class Reselection:
         if name.startswith("on_"):
             return _nothing
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+
+def _pass_over_nan(sums: TensorSums) -> None:
+    """Name no candidates, instead of raising, where the gradient they are named by has NaN.
+
+    A loss scale that is too large gives such gradients now and then, and its step is skipped.
+    """
+    choose = sums._choose
+
+    def choose_or_none(tiles: Iterable[tuple[int, Tensor]]) -> None:
+        try:
+            choose(tiles)
+        except MaskError:
+            logger.warning(
+                "gradients of %r are NaN; its mask stays until the next round", sums.name
+            )
+            sums.give_up_choosing()
+
+    setattr(sums, "_choose", choose_or_none)  # noqa: B010  # mypy: not a method's place
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:
