@@ -164,7 +164,7 @@ def _counts(candidates: Candidates, shortlist: Shortlist, nnz: int | None) -> di
 
 
 def _model_loss(model: nn.Module, batch: Any) -> Tensor:
-    if type(model).forward is nn.Module.forward:
+    if getattr(model.forward, "__func__", None) is nn.Module.forward:
         raise OptionError(
             f"{type(model).__name__} has no forward, so there is no loss to take gradients of. "
             "Pass loss_fn=lambda model, batch: ..."
