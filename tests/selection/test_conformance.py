@@ -175,6 +175,33 @@ def test_nan_is_refused_by_name(method, pair):
         chosen(tuned, method, 40, base)
 
 
+BASED = [n for n in (*SCORING, *STRUCTURES, "n:m") if "base" in options_of(n)]
+
+
+@pytest.mark.parametrize("method", BASED)
+def test_nan_in_the_base_is_refused_by_name(method, pair):
+    base, tuned = pair()
+    with torch.no_grad():
+        base.matrix[3, 2] = torch.nan
+    with pytest.raises(SparseFtError, match="matrix.*NaN|NaN.*matrix"):
+        chosen(tuned, method, 40, base)
+
+
+@pytest.mark.parametrize("method", [*SCORING, *STRUCTURES, "n:m"])
+def test_some_parameters_only(method, pair):
+    base, tuned = pair()
+    masks = chosen(tuned, method, 12, base, include=["matrix", "head.*", "empty"])
+    assert list(masks) == ["embed.weight", "empty", "matrix"]
+    assert KIND[method] == "patterns" or masks.nnz == 12
+    alone = [("scalar", 1), ("vector", 7)]
+    if "batches" not in options_of(method):  # no gradient can reach it
+        alone.append(("empty", 0))
+    for name, numel in alone:
+        [(only, pattern)] = chosen(tuned, method, numel, base, include=name).items()
+        assert only == name
+        assert KIND[method] == "patterns" or pattern.nnz == numel
+
+
 @pytest.mark.parametrize("score", SCORING)
 @pytest.mark.parametrize("method", [*STRUCTURES, "n:m"])
 def test_every_structure_builds_on_every_score(method, score, pair):
