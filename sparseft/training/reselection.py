@@ -12,7 +12,8 @@ from __future__ import annotations
 import json
 import logging
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 import torch
@@ -152,7 +153,8 @@ class Reselection:
         self.moved = 0
         self._done = 0  # optimizer steps begun
         self._found: dict[str, Found] = {}  # inside a window
-        self._tap: Any = None
+        self._tap: GradientScores | None = None
+        self._undo = ExitStack()
         self._optimizer: Callable[[], Any] = lambda: None
         self._given = self._settings()
         self._check_scope()
@@ -253,7 +255,8 @@ class Reselection:
         )
         for sums in self._tap._sums:
             _pass_over_nan(sums)
-        self._tap.__enter__()
+        self._undo.enter_context(_uncompiled())
+        self._undo.enter_context(self._tap)
 
     def _close_window_step(self) -> None:
         """Add the gradients of the step that has just been seen."""
@@ -269,9 +272,8 @@ class Reselection:
         self._found = {n: Found(*pair) for n, pair in scores.items() if pair[0].numel()}
 
     def _close_tap(self) -> None:
-        if self._tap is not None:
-            tap, self._tap = self._tap, None
-            tap.__exit__(None, None, None)
+        self._tap = None
+        self._undo.close()
 
     # -- the round ---
 
@@ -393,11 +395,12 @@ class Reselection:
 
     def __getstate__(self) -> dict[str, Any]:
         # For deepcopy and pickle of an attached model: hooks and the optimizer belong to this one.
-        return {**self.__dict__, "_tap": None, "_optimizer": None, "group": None}
+        own = ("_tap", "_undo", "_optimizer", "group")
+        return {k: v for k, v in self.__dict__.items() if k not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._optimizer = lambda: None
+        self._tap, self._undo, self._optimizer, self.group = None, ExitStack(), lambda: None, None
 
     # -- events of trainers ---
 
@@ -438,6 +441,26 @@ class Reselection:
         if name.startswith("on_"):
             return _nothing
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+
+_eager: list[Any] = []  # the compiler's stance before the first window that is open
+
+
+@contextmanager
+def _uncompiled() -> Iterator[None]:
+    """Run compiled models eagerly; windows of several models may overlap in any order.
+
+    Taps are other classes in each window: with them, compiled code would be made again each time.
+    """
+    if not _eager:
+        _eager.append(torch.compiler.set_stance("force_eager"))
+    _eager.append(None)
+    try:
+        yield
+    finally:  # also where a Reselection is dropped in a window
+        _eager.pop()
+        if len(_eager) == 1:
+            _eager.pop().__exit__(None, None, None)
 
 
 def _pass_over_nan(sums: TensorSums) -> None:

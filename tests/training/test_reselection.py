@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import math
 import os
@@ -316,6 +317,35 @@ def test_micro_batches_count_as_one_step(tmp_path):
         trainer.train()
         masks.append(sparse.patterns)
     assert all(p.equals(masks[1][n]) for n, p in masks[0].items())
+
+
+def test_a_compiled_model_is_compiled_once():
+    gc.collect()  # windows that other tests left open
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    digests = []
+    for wrap in (lambda model: model, lambda model: torch.compile(model, backend=backend)):
+        student, teacher, _, start = teacher_and_student()
+        sparse = attach(student, start)
+        model, data = wrap(student), Pairs(teacher)
+        optimizer = torch.optim.AdamW(sparse.parameters(), lr=1e-2)
+        moving = Reselection(sparse, steps=40, every=5, accumulate=2, rate=0.4)
+        for step in range(40):
+            optimizer.zero_grad()
+            rows = slice(4 * step, 4 * step + 32)
+            mse(model, (data.x[rows], data.y[rows])).backward()
+            moving.step(optimizer)
+            optimizer.step()
+            if step == 0:
+                first = len(compiled)
+        assert moving.rounds == 7
+        digests.append(sparse.adapter().digest)
+    assert digests[0] == digests[1]
+    assert len(compiled) == first > 0
 
 
 def test_frozen_leaves_and_full_parameters_stay_out(tmp_path):
