@@ -199,7 +199,8 @@ def lottery_ticket(
     if base_name is None:
         base_name = getattr(getattr(model, "config", None), "name_or_path", None) or None
     settings = {
-        "nnz": budgets,
+        # Sizes on a shared dense phase are independent of each other: one more is no other run.
+        **({} if phase1 is not None else {"nnz": budgets}),
         "iterations": iterations,
         "selector": choice.method,
         "scope": scope,

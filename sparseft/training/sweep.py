@@ -14,8 +14,8 @@ On disk (``output_dir``)::
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -28,8 +28,9 @@ from sparseft.evaluation.comparison import comparison_markdown
 from sparseft.evaluation.density_plot import plot_densities
 from sparseft.io.atomic import atomic_write_json, atomic_write_text
 from sparseft.training.lottery import dense_phase, lottery_ticket
+from sparseft.training.marks import finished, mark_finished, read_mark, section_settings
 from sparseft.training.recipe import Recipe
-from sparseft.training.sections import MethodSection
+from sparseft.training.sections import MethodSection, TrainSection
 from sparseft.training.setups import Setup, base_of, language_setup, load_base, task_setup
 from sparseft.training.study import StudyResult, results_of, run_units
 from sparseft.training.units import LABELS, Unit, dense_path, put_dense, read_rows, score
@@ -149,12 +150,21 @@ class _Sweep:
             return language_setup(self.recipe, which, progress=self.progress)
         return task_setup(self.recipe, int(part.removeprefix("seed")), progress=self.progress)
 
-    def _l1(self, part: str) -> tuple[float, float]:
+    def _section(self, part: str) -> TrainSection:
         section = self.recipe.language if part.startswith("language") else self.recipe.task
-        return section.l1 if section is not None else (0.0, 0.0)
+        if section is None:
+            raise RecipeError("the recipe has no task section.")
+        return section
+
+    def _has(self, folder: Path) -> bool:
+        """Whether a folder of tickets has an adapter for every density."""
+        files = _adapters(folder)
+        wanted = map(repr, self.recipe.sweep.densities)
+        return all(d in files and (folder / files[d]).is_file() for d in wanted)
 
     def phase1(self, part: str) -> Unit:
         folder = self.home / f"phase1-{part}"
+        settings = section_settings(self.recipe, self._section(part), masks=False)
 
         def run() -> None:
             setup = self._setup(part)
@@ -162,16 +172,23 @@ class _Sweep:
                 setup.make_trainer,
                 setup.model,
                 output_dir=folder,
-                l1=self._l1(part)[0],
+                l1=self._section(part).l1[0],
                 **setup.shared,
             )
 
-        return Unit(f"phase1-{part}", run, lambda: _finished(folder))
+            mark_finished(folder, settings)
+
+        def done() -> bool:
+            return finished(folder, settings) and dense_path(folder).is_file()
+
+        return Unit(f"phase1-{part}", run, done)
 
     def tickets(self, name: str, part: str) -> Unit:
         method: MethodSection = self.recipe.sweep.methods[name]
         densities = self.recipe.sweep.densities
         folder = self.home / slug(name) / part
+        settings = section_settings(self.recipe, self._section(part), masks=False)
+        settings["sweep"] = {"methods": {name: dataclasses.asdict(method)}}
 
         def run() -> None:
             setup = self._setup(part)
@@ -185,7 +202,7 @@ class _Sweep:
                 scope=method.scope,
                 selector_options=method.selector_options,
                 denoise=method.denoising(),
-                l1=self._l1(part),
+                l1=self._section(part).l1,
                 adapter_name=setup.name,
                 base_name=self.recipe.model.base,
                 metadata={"data": setup.data, "sweep": name},
@@ -195,11 +212,10 @@ class _Sweep:
                 repr(density): result.path.relative_to(folder).as_posix()
                 for density, result in zip(densities, results, strict=True)
             }
-            # Last, because its presence says that the unit is finished.
-            atomic_write_json(folder / "adapters.json", found)
+            mark_finished(folder, settings, adapters=found)
 
         def done() -> bool:
-            return set(map(repr, densities)) <= set(_adapters(folder))
+            return finished(folder, settings) and self._has(folder)
 
         return Unit(f"{slug(name)}-{part}", run, done, (f"phase1-{part}",))
 
@@ -236,10 +252,9 @@ class _Sweep:
 
     def _ready(self, name: str | None, seed: int, adapted: list[str]) -> bool:
         if name is None:
-            return _finished(self.home / f"phase1-seed{seed}")
-        wanted = set(map(repr, self.recipe.sweep.densities))
+            return bool(read_mark(self.home / f"phase1-seed{seed}"))
         home = self.home / slug(name)
-        return all(wanted <= set(_adapters(home / p)) for p in self._parts(seed, adapted))
+        return all(self._has(home / part) for part in self._parts(seed, adapted))
 
     def _digests(self, name: str | None, seed: int, adapted: list[str]) -> dict[str, str]:
         """Return digests of the files that scores are made from."""
@@ -296,19 +311,9 @@ class _Sweep:
                     )  # fmt: skip
 
 
-def _finished(folder: Path) -> bool:
-    """Whether a dense phase's state says that it is done."""
-    path = folder / "state.json"
-    if not path.is_file() or not dense_path(folder).is_file():
-        return False
-    phases = json.loads(path.read_text(encoding="utf-8"))["phases"]
-    return phases.get("iteration-0/dense", {}).get("status") == "done"
-
-
 def _adapters(folder: Path) -> dict[str, str]:
     """Return density -> adapter file of a finished unit of tickets."""
-    path = folder / "adapters.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_mark(folder).get("adapters", {})
 
 
 def _digest(path: Path) -> str:

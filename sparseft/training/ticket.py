@@ -249,6 +249,7 @@ class TicketRun:
         if previous is not None:
             base = _FarFromOld(self.parts, self.theta0, previous)
         home = self.folder / f"iteration-{iteration}"
+        counts = [c for c in counts if not (home / f"masks-nnz-{c}.safetensors").exists()]
         batches = self._batches(iteration) if self.choice.needs_batches else None
         found = self.choice.masks(
             self.model,

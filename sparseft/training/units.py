@@ -28,6 +28,7 @@ from sparseft.evaluation import (
 from sparseft.io.atomic import atomic_write_json
 from sparseft.modules import ParameterIndex
 from sparseft.training.lottery import lottery_ticket
+from sparseft.training.marks import finished, mark_finished, read_mark, section_settings
 from sparseft.training.mask_choice import MaskChoice
 from sparseft.training.recipe import Recipe
 from sparseft.training.sections import LanguageSection, TaskSection, TrainSection
@@ -89,8 +90,15 @@ def _train(setup: Setup, recipe: Recipe, section: TrainSection, folder: Path) ->
         metadata={"data": setup.data},
         **setup.shared,
     )
-    # Last, because its presence says that the unit is finished.
     result.adapter.save(folder / "adapter")
+    mark_finished(folder, section_settings(recipe, section))
+
+
+def _trained(recipe: Recipe, section: TrainSection, folder: Path) -> bool:
+    """Whether a unit's adapter is there, made with these settings as far as the folder tells."""
+    settings = section_settings(recipe, section)
+    known = bool(read_mark(folder))  # not in folders of before `mark_finished`
+    return adapter_path(folder).is_file() and (not known or finished(folder, settings))
 
 
 def adapter_path(folder: Path) -> Path:
@@ -105,7 +113,7 @@ def language_unit(recipe: Recipe, language: str, folder: Path, *, progress: bool
     def run() -> None:
         _train(language_setup(recipe, language, progress=progress), recipe, section, folder)
 
-    return Unit(f"language-{language}", run, lambda: adapter_path(folder).is_file())
+    return Unit(f"language-{language}", run, lambda: _trained(recipe, section, folder))
 
 
 def task_unit(recipe: Recipe, seed: int, folder: Path, home: Path, *, progress: bool) -> Unit:
@@ -124,7 +132,7 @@ def task_unit(recipe: Recipe, seed: int, folder: Path, home: Path, *, progress: 
         _train(setup, recipe, task_section, folder)
 
     needs = (source_unit,) if section.source_language_adapter else ()
-    return Unit(f"task-seed{seed}", run, lambda: adapter_path(folder).is_file(), needs)
+    return Unit(f"task-seed{seed}", run, lambda: _trained(recipe, task_section, folder), needs)
 
 
 # -- evaluation ---

@@ -108,6 +108,16 @@ def test_other_data_under_the_same_name_is_refused(recipe_data, tmp_path):
         run_study(load_recipe(recipe_data), only=["task-seed0"])
 
 
+def test_a_finished_unit_of_another_recipe_is_not_passed_off(recipe_data):
+    """A changed rate is refused; the folder of log lines, seeds and other languages is not."""
+    recipe_data["task"]["seeds"] = [0]
+    run_study(load_recipe(recipe_data), only=["language-*"])
+    again = load_recipe(recipe_data, ["language.log_every=2", "task.lr=0.5"])
+    assert run_study(again, only=["language-*"]).finished == ["language-ban"]
+    with pytest.raises(ResumeError, match="language.lr: was"):
+        run_study(load_recipe(recipe_data, ["language.lr=0.5"]), only=["language-*"])
+
+
 def test_scores_are_made_anew_when_the_adapters_or_settings_change(recipe_data, tmp_path):
     run_study(load_recipe(recipe_data))
     recipe = load_recipe(recipe_data, ["evaluation.language_coeff=0.5"])

@@ -73,25 +73,16 @@ def test_a_sweep_end_to_end(sweep_data, tmp_path, trained_steps, capsys):
     assert settings == {
         ("full fine-tuning", None), *((name, d) for name in METHODS for d in (0.05, 0.2))
     }  # fmt: skip
+    masks = set()
     for name in ("lt-sft", "deft-x", "lift", "random"):
         home = tmp_path / "out" / name / "seed0"
-        files = json.loads((home / "adapters.json").read_text())
+        files = json.loads((home / "unit.json").read_text())["adapters"]
         small, large = (Adapter.load(home / files[repr(d)]) for d in (0.05, 0.2))
         for key, diff in small.diffs.items():
             assert torch.isin(diff.indices, large.diffs[key].indices).all(), "masks nest"
         assert large.nnz > 3 * small.nnz
-    masks = {
-        name: frozenset(
-            (n, i)
-            for n, d in Adapter.load(
-                tmp_path / "out" / name / "seed0"
-                / json.loads((tmp_path / "out" / name / "seed0/adapters.json").read_text())["0.05"]
-            ).diffs.items()
-            for i in d.indices.tolist()
-        )
-        for name in ("lt-sft", "deft-x", "lift", "random")
-    }  # fmt: skip
-    assert len(set(masks.values())) == 4, "each method has a mask of its own"
+        masks.add(frozenset((n, i) for n, d in small.diffs.items() for i in d.indices.tolist()))
+    assert len(masks) == 4, "each method has a mask of its own"
 
     written = {path.name for path in result.files}
     assert written == {
@@ -115,6 +106,20 @@ def test_a_sweep_end_to_end(sweep_data, tmp_path, trained_steps, capsys):
     listed = capsys.readouterr().out.split("\n")
     assert listed[0].split() == ["done", "phase1-seed0"]
     assert all("to do" not in line for line in listed)
+
+    sweep_data["sweep"]["densities"] = [0.05, 0.1, 0.2]
+    more = run_sweep(load_recipe(sweep_data))
+    assert sorted(place.rpartition("-")[2] for place in trained_steps) == sorted(
+        [str(round(large.nnz / 2))] * 8
+    ), "one more density trains just its own masks"
+    assert {r.density for r in more.results.rows} == {None, 0.05, 0.1, 0.2}
+
+    changed = load_recipe(sweep_data, ["task.lr=[1e-3, 2e-3]"])
+    with pytest.raises(ResumeError, match=r"task.lr: was \[0.001, 0.001\], now \[0.001, 0.002\]"):
+        run_sweep(changed)
+    changed = load_recipe(sweep_data, ["sweep.methods.LIFT.selector_options.rank=3"])
+    with pytest.raises(ResumeError, match="LIFT.selector_options.rank: was 2, now 3"):
+        run_sweep(changed)
 
 
 def test_languages_get_the_same_treatment(recipe_data, tmp_path):
@@ -157,5 +162,7 @@ def test_a_dense_phase_of_other_settings_is_refused(sweep_data):
         sweep_data,
         ["task.seeds=[0]", "evaluation.languages=[]", "task.exclude=['*LayerNorm*', '*bias']"],
     )
-    with pytest.raises(ResumeError, match=r"other settings(.|\n)*candidates"):
+    with pytest.raises(
+        ResumeError, match=r"finished unit with other settings:\n  task.exclude: was"
+    ):
         run_sweep(changed, only=["lt-sft-*"])
