@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -11,13 +12,15 @@ from torch import Tensor
 
 from sparseft.diff import SparsePattern, index_dtype_for
 from sparseft.errors import MaskError
+from sparseft.modules._collective import Ranks
 from sparseft.modules._gradient_tiles import Gradient, Scratch, pieces
-from sparseft.modules._ranks import Ranks
 from sparseft.ops import StreamingTopK
 from sparseft.ops._common import accumulation_dtype
 from sparseft.ops.topk import flat_part
 
 __all__ = ["Rule", "TensorSums"]
+
+logger = logging.getLogger(__name__)
 
 
 class Rule(NamedTuple):
@@ -27,11 +30,13 @@ class Rule(NamedTuple):
         square: square each batch's gradient first.
         weighted: rank candidates by the sum times the weight.
         accumulate: several backward calls may make one batch.
+        skip_nan: choose no candidates by a gradient that holds NaN, instead of raising.
     """
 
     square: bool
     weighted: bool
     accumulate: bool
+    skip_nan: bool
 
 
 class TensorSums:
@@ -214,10 +219,15 @@ class TensorSums:
             try:
                 top.add(str(len(ordinals)), tile, abs=True)
             except MaskError:
-                raise MaskError(
-                    f"the gradient of {self.name!r} is NaN in the first batch; candidates cannot "
-                    "be ranked by it. Is the loss finite there in every row?"
-                ) from None
+                said = f"the gradient of {self.name!r} is NaN in the first batch"
+                if not self._rule.skip_nan:
+                    raise MaskError(
+                        f"{said}; candidates cannot be ranked by it. Is the loss finite there in "
+                        "every row?"
+                    ) from None
+                logger.warning("%s: it has no candidates", said)
+                self.give_up_choosing()
+                return
             ordinals.append(seen)
             seen += tile.numel()
         found = zip(top.finish().values(), ordinals, strict=True)

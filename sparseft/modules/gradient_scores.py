@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from sparseft._text import did_you_mean
 from sparseft.diff import SparsePattern
 from sparseft.errors import MaskError
+from sparseft.modules._collective import Group, Ranks
 from sparseft.modules._gradient_sums import Rule, TensorSums
 from sparseft.modules._gradient_taps import put_taps
 from sparseft.modules._gradient_tiles import Scratch
-from sparseft.modules._ranks import Group, Ranks
 from sparseft.modules.names import ParameterIndex
 
 __all__ = ["GradientScores", "Statistic", "TensorScores"]
@@ -73,6 +73,8 @@ class GradientScores:
         weighted: rank candidates by the gradient times the weight.
         accumulate: several backward calls make one batch. Candidates are then chosen by the first
             of them; "square" with all entries keeps a second dense tensor for each weight.
+        skip_nan: a tensor whose gradient holds NaN when its candidates are chosen (a loss scale
+            that was too large) has none, and a warning says so; otherwise that is an error.
         group: process group whose processes add up; None: the default one, if
             ``torch.distributed`` is initialised; False: none. Candidates are chosen together: in
             the first batch, each tile is summed over the processes before it is ranked (as much
@@ -85,7 +87,8 @@ class GradientScores:
 
     Raises:
         UnknownNameError: a name that is no parameter.
-        MaskError: candidates or exclude that do not fit; a weight that is not floating.
+        MaskError: candidates or exclude that do not fit; a weight that is not floating; in
+            backward, a gradient with NaN that candidates are to be chosen by.
 
     Memory, besides what the model's own forward and backward take without weight gradients: a tile
     (4 MiB on CPUs, 64 MiB on GPUs), the sums, and for "square" one more value a candidate. A weight
@@ -110,6 +113,7 @@ class GradientScores:
         exclude: Mapping[str, SparsePattern] | None = None,
         weighted: bool = False,
         accumulate: bool = False,
+        skip_nan: bool = False,
         group: Group = None,
     ) -> None:
         if statistic not in get_args(Statistic):
@@ -120,7 +124,8 @@ class GradientScores:
         self._model = model
         self._index = index = ParameterIndex(model)
         self._ranks = Ranks(group)
-        rule, scratch = Rule(statistic == "square", weighted, accumulate), Scratch()
+        rule = Rule(statistic == "square", weighted, accumulate, skip_nan)
+        scratch = Scratch()
         names = list(dict.fromkeys(index.resolve(name) for name in parameters))
         found = None if candidates is None else {index.resolve(n): c for n, c in candidates.items()}
         barred = {index.resolve(name): pattern for name, pattern in (exclude or {}).items()}

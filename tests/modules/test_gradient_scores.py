@@ -425,11 +425,18 @@ def test_weights_without_a_gradient_are_named():
         assert scores.unreached == ["unused.weight"]
 
 
-def test_nan_is_named():
+def test_nan_is_named(caplog):
     model = nn.Linear(4, 4)
     with GradientScores(model, ["weight"], candidates={"weight": 3}):
         with pytest.raises(MaskError, match="gradient of 'weight' is NaN"):
             (model(torch.randn(2, 4)) * torch.nan).sum().backward()
+    names = ["weight", "bias"]
+    with GradientScores(model, names, candidates=dict.fromkeys(names, 3), skip_nan=True) as scores:
+        for factor in (torch.tensor([torch.nan, 1, 1, 1]), 1):
+            (model(torch.randn(2, 4)) * factor).sum().backward()
+            scores.step()
+    assert [values.numel() for _, values in scores.finish().values()] == [0, 0]
+    assert "the gradient of 'weight' is NaN in the first batch: it has no candidates" in caplog.text
 
 
 @pytest.mark.gpu

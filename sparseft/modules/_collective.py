@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sparseft.errors import SparseFtError
+from sparseft.modules.ranks import processes
 
 __all__ = ["Group", "Ranks"]
 
@@ -26,8 +27,7 @@ class Ranks:
 
     def __init__(self, group: Group) -> None:
         self._group = group or None
-        ready = group is not False and dist.is_available() and dist.is_initialized()
-        self.several = ready and dist.get_world_size(self._group) > 1
+        self.several = group is not False and processes(self._group) > 1
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """Add up a tensor over all processes, in place; afterwards its bits are the same on all."""
