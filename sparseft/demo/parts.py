@@ -17,7 +17,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -27,24 +27,38 @@ from sparseft.demo.recipe import DemoRecipe
 from sparseft.demo.training import PhaseState, train_language, train_task
 from sparseft.training import LotteryTicketResult
 
-__all__ = ["BASE_NAME", "Part", "Workers", "default_workers", "train_part"]
+__all__ = [
+    "BASE_NAME",
+    "KINDS",
+    "Found",
+    "Kind",
+    "Part",
+    "Workers",
+    "default_workers",
+    "train_part",
+]
 
 BASE_NAME = "sparseft-demo-encoder"
-Trained = tuple[list[LotteryTicketResult], list[PhaseState]]
+Kind = Literal["plain", "denoised"]
+KINDS: tuple[Kind, ...] = ("plain", "denoised")
+# Results of each kind of mask, in the order of a part's densities.
+Found = dict[Kind, list[LotteryTicketResult]]
+Trained = tuple[Found, list[PhaseState]]
 
 
 @dataclass(frozen=True)
 class Part:
-    """One training, and all it depends on.
+    """One dense phase and the sparse phases of the masks chosen from it, and all they depend on.
 
     Args:
         recipe: the study's.
         assets: the encoder's folder.
-        output_dir: state of this training.
+        output_dir: state of the training; a name that ends in how it was denoised is put beside it.
         seed: of the run.
         densities: of the diffs it gives.
         language: whose diff is learned; None for the task's.
         source: file of the English language diff beneath a task diff, None for the bare encoder.
+        kinds: of masks; all are chosen from the dense phase of the first.
     """
 
     recipe: DemoRecipe
@@ -54,39 +68,54 @@ class Part:
     densities: tuple[float, ...]
     language: str | None = None
     source: Path | None = None
+    kinds: tuple[Kind, ...] = KINDS
 
     @property
     def name(self) -> str:
         """What to call it while it runs."""
         return self.output_dir.name
 
+    def folder(self, kind: Kind) -> Path:
+        """Return the folder of one kind's state.
+
+        Other ways to denoise go to other folders, so that trials share all that is plain.
+        """
+        if kind == "plain":
+            return self.output_dir
+        return self.output_dir.with_name(f"{self.name}-{self.recipe.denoise.slug}")
+
 
 def train_part(part: Part, report: Callable[[str, int], None] | None = None) -> Trained:
     """Run a part, or find it finished, and return its results and the state its phases kept."""
     tokenizer: Any = load_tokenizer(part.assets)
-    if part.language is not None:
-        return train_language(
-            load_masked_lm(part.assets),
-            part.language,
-            tokenizer,
-            part.recipe.language,
-            densities=part.densities,
-            seed=part.seed,
-            output_dir=part.output_dir,
-            base_name=BASE_NAME,
-            report=report,
-        )
-    return train_task(
-        load_classifier(part.assets, seed=part.seed),
-        tokenizer,
-        part.recipe.task,
-        densities=part.densities,
-        seed=part.seed,
-        output_dir=part.output_dir,
-        base_name=BASE_NAME,
-        source=None if part.source is None else Adapter.load(part.source),
-        report=report,
+    model = (
+        load_classifier(part.assets, seed=part.seed)
+        if part.language is None
+        else load_masked_lm(part.assets)
     )
+    source = None if part.source is None else Adapter.load(part.source)
+    found: Found = {}
+    states: list[PhaseState] = []
+    for kind in part.kinds:
+        shared: dict[str, Any] = {
+            "densities": part.densities,
+            "seed": part.seed,
+            "output_dir": part.folder(kind),
+            "base_name": BASE_NAME,
+            "denoise": part.recipe.denoise.how if kind == "denoised" else None,
+            "phase1": None if kind == part.kinds[0] else part.folder(part.kinds[0]),
+            "report": report,
+        }
+        if part.language is not None:
+            found[kind], kept = train_language(
+                model, part.language, tokenizer, part.recipe.language, **shared
+            )
+        else:
+            found[kind], kept = train_task(
+                model, tokenizer, part.recipe.task, source=source, **shared
+            )
+        states += kept
+    return found, states
 
 
 def _end_with_parent() -> None:

@@ -10,9 +10,17 @@ import yaml
 
 from sparseft._text import did_you_mean
 from sparseft.demo.names import DEV, HELD_OUT, SHOWN
-from sparseft.errors import RecipeError
+from sparseft.denoise import Denoise
+from sparseft.errors import OptionError, RecipeError
 
-__all__ = ["ComposeRecipe", "DemoRecipe", "LanguageRecipe", "RunRecipe", "TaskRecipe"]
+__all__ = [
+    "ComposeRecipe",
+    "DemoRecipe",
+    "DenoiseRecipe",
+    "LanguageRecipe",
+    "RunRecipe",
+    "TaskRecipe",
+]
 
 RECIPE = Path(__file__).with_name("recipe.yaml")
 
@@ -42,6 +50,45 @@ class LanguageRecipe:
     l1: float
     mask_rate: float
     phrases: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenoiseRecipe:
+    """How the differences of a dense phase are denoised, of the task's and of every language's.
+
+    Args:
+        rule: ``"energy"`` or ``"rank"``.
+        level: the share of energy, or the number of singular values, that is kept.
+        residual: share of entries at which the residual is kept.
+    """
+
+    rule: str
+    level: float
+    residual: float
+
+    @property
+    def how(self) -> Denoise:
+        """The settings as the engine takes them.
+
+        Raises:
+            RecipeError: another rule, or a value out of range.
+        """
+        try:
+            if self.rule == "energy":
+                return Denoise(energy=self.level, residual=self.residual)
+            if self.rule == "rank" and self.level == int(self.level):
+                return Denoise(rank=int(self.level), residual=self.residual)
+        except OptionError as error:
+            raise RecipeError(f"denoise: {error}") from None
+        raise RecipeError(
+            f"denoise: rule {self.rule!r} with level {self.level}; wanted 'energy' with a share, "
+            f"or 'rank' with a whole number.{did_you_mean(self.rule, ['energy', 'rank'])}"
+        )
+
+    @property
+    def slug(self) -> str:
+        """The settings as part of a folder's name."""
+        return f"{self.rule}-{self.level:g}-residual-{self.residual:g}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +122,7 @@ class DemoRecipe:
 
     task: TaskRecipe
     language: LanguageRecipe
+    denoise: DenoiseRecipe
     compose: ComposeRecipe
     quick: RunRecipe
     full: RunRecipe
@@ -84,12 +132,14 @@ class DemoRecipe:
         """Return a recipe file's content.
 
         Raises:
-            RecipeError: a key that is missing, unknown, or of another kind.
+            RecipeError: a key that is missing, unknown, or of another kind; a way to denoise that
+                the engine does not know.
         """
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
         parts = {
             "task": TaskRecipe,
             "language": LanguageRecipe,
+            "denoise": DenoiseRecipe,
             "compose": ComposeRecipe,
             "quick": RunRecipe,
             "full": RunRecipe,
@@ -102,7 +152,9 @@ class DemoRecipe:
             _same_keys(content[name], known, needed, f"{path}: {name}")
             values = {k: tuple(v) if isinstance(v, list) else v for k, v in content[name].items()}
             made[name] = part(**values)
-        return cls(**made)
+        recipe = cls(**made)
+        _ = recipe.denoise.how  # refused here, not after the first dense phase
+        return recipe
 
     def to_dict(self) -> dict[str, Any]:
         """Return the recipe as plain data."""

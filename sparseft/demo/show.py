@@ -1,7 +1,8 @@
-"""What the demo prints: a progress bar, one table, three lines about memory."""
+"""What the demo prints: a progress bar, scores, gains, adapters, a few lines about memory."""
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from rich.table import Table
 
 from sparseft._text import human_bytes
 from sparseft.data.languages import builtin_languages
+from sparseft.demo.scoring import SETTINGS
 from sparseft.evaluation.markdown import cell_text
 
 if TYPE_CHECKING:
@@ -95,8 +97,10 @@ class Display:
 
     def outcome(self, result: DemoResult) -> None:
         """Print the table, the adapters, the memory, and where the files are."""
-        self.console.print(self._scores(result))
-        self.console.print(self._gain_line(result))
+        densities = {r.density for r in result.results.rows if r.density is not None}
+        for density in sorted(densities):
+            self.console.print(self._scores(result, density))
+            self.console.print(self._gains(result, density))
         self.console.print(self._adapters(result))
         for what, state in sorted(result.state.items()):
             self.console.print(
@@ -110,15 +114,17 @@ class Display:
             highlight=False,
         )
 
-    def _scores(self, result: DemoResult) -> Table:
+    def _scores(self, result: DemoResult, density: float) -> Table:
         results = result.results
         known = builtin_languages()
-        summaries = results.summary("macro_f1")
+        summaries = [s for s in results.summary("macro_f1") if s.density in (density, None)]
         split = results.rows[0].split
-        table = Table(title=f"macro-F1 x 100, names of {split} keys")
-        table.add_column("language")
+        table = Table(title=f"macro-F1 x 100, names of {split} keys, diffs at density {density:g}")
+        table.add_column("language", no_wrap=True)
         for summary in summaries:
-            table.add_column(summary.label, justify="right")
+            # a line a word, so that five settings fit in 80 columns
+            header = re.sub(r"(?<!\+) ", "\n", summary.setting)
+            table.add_column(header, justify="right")
         for code in results.languages():
             name = known.name(code) + (" (source)" if code == results.source_language else "")
             table.add_row(name, *(cell_text(s.languages.get(code)) for s in summaries))
@@ -126,27 +132,29 @@ class Display:
         table.add_row("mean of targets", *(cell_text(s.mean) for s in summaries))
         return table
 
-    def _gain_line(self, result: DemoResult) -> str:
-        from sparseft.demo.study import TASK, TASK_LANGUAGE
-
-        lines = []
-        rows = result.results.rows
-        for density in sorted({r.density for r in rows if r.density is not None}):
-            gain = result.results.gain(TASK_LANGUAGE, TASK, "macro_f1", density=density)
+    def _gains(self, result: DemoResult, density: float) -> str:
+        (task, composed), (denoised_task, denoised) = SETTINGS["plain"], SETTINGS["denoised"]
+        lines = ["Paired differences, ± standard error over languages:"]
+        for better, than in (
+            (composed, task),
+            (denoised, denoised_task),
+            (denoised_task, task),
+            (denoised, composed),
+        ):
+            gain = result.results.gain(better, than, "macro_f1", density=density)
             error = "" if gain.standard_error is None else f" ± {100 * gain.standard_error:.1f}"
             each = ", ".join(f"{code} {100 * v:+.1f}" for code, v in gain.languages.items())
-            lines.append(
-                f"Adding the language diff at density {density:g}: "
-                f"{100 * gain.mean:+.1f}{error} (standard error over languages): {each}"
-            )
+            lines.append(f"{better} over {than}: {100 * gain.mean:+.1f}{error}\n    {each}")
         return "\n".join(lines)
 
     def _adapters(self, result: DemoResult) -> Table:
         table = Table(title="adapters on disk")
-        for column in ("adapter", "density", "entries", "file"):
+        for column in ("adapter", "density", "entries", "as plain", "file"):
             table.add_column(column, justify="left" if column == "adapter" else "right")
         first = min((a.seed for a in result.adapters), default=0)
         for a in result.adapters:
             if a.seed == first:  # the other seeds' weigh the same
-                table.add_row(a.name, f"{a.density:g}", f"{a.nnz:,}", human_bytes(a.file_bytes))
+                shared = "" if a.shared is None else f"{100 * a.shared:.0f} %"
+                size = human_bytes(a.file_bytes)
+                table.add_row(a.name, f"{a.density:g}", f"{a.nnz:,}", shared, size)
         return table

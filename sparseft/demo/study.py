@@ -1,62 +1,56 @@
 """The embedded study, end to end: sparse diffs for a task and for languages, composed and scored.
 
 Task diffs are learned on labelled English names, language diffs on each language's raw text;
-nothing labelled in a target language is ever read before the scores. Three settings are compared:
-
-* ``task``: the task diff alone, learned on the bare encoder;
-* ``task + language``: the task diff learned on top of the English language diff, which is swapped
-  for the target's (LT-SFT, section 3);
-* ``full fine-tuning``: all weights trained on the task, on the bare encoder.
+nothing labelled in a target language is ever read before the scores. What is compared is told in
+`scoring`; plain and denoised masks are chosen from the same dense phases, except that the task diff
+on top of English has the English diff of its own kind beneath, and hence a dense phase of its own.
 
 Everything is ordinary use of the engine: `lottery_ticket`, `Composer`, `sparseft.evaluation`.
 
 On disk (``output_dir``)::
 
     results.json results.md results.png
-    adapters/seed-0/fi-0.1/adapter.safetensors ...
+    adapters/seed-0/fi-0.1/adapter.safetensors ... fi-denoised-0.1/ ...
     runs/                                          state of the trainings; a re-run goes on from it
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from sparseft.adapter import Adapter
-from sparseft.composition import Composer
-from sparseft.data.classification import Example
 from sparseft.demo.encoder import (
     ASSETS,
     load_classifier,
     load_provenance,
     load_tokenizer,
 )
-from sparseft.demo.names import CATEGORIES, SHOWN, SOURCE, Split, babel_version, names, names_digest
-from sparseft.demo.parts import Part, Workers, default_workers
+from sparseft.demo.names import SHOWN, SOURCE, Split, babel_version, names, names_digest
+from sparseft.demo.parts import KINDS, Found, Kind, Part, Workers, default_workers
 from sparseft.demo.recipe import DemoRecipe
+from sparseft.demo.scoring import Scorer, held_out_examples
 from sparseft.demo.show import Display, peak_rss
 from sparseft.demo.training import PhaseState
-from sparseft.evaluation.evaluate import predict_logits
-from sparseft.evaluation.metrics import accuracy, macro_f1
 from sparseft.evaluation.provenance import provenance
 from sparseft.evaluation.report import Results
-from sparseft.training import LotteryTicketResult
+from sparseft.selection import Masks
 
-__all__ = ["FULL_FT", "TASK", "TASK_LANGUAGE", "AdapterFile", "DemoResult", "run_demo"]
-
-TASK, TASK_LANGUAGE, FULL_FT = "task", "task + language", "full fine-tuning"
-_EVAL_BATCH = 64
+__all__ = ["AdapterFile", "DemoResult", "run_demo"]
 
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """A saved adapter: what it holds and what it weighs."""
+    """A saved adapter: what it holds and what it weighs.
+
+    Args:
+        shared: share of its entries that the plain mask of the same dense phase has too; None for a
+            plain adapter, and for one with a dense phase of its own.
+    """
 
     name: str
     seed: int
@@ -64,6 +58,7 @@ class AdapterFile:
     nnz: int
     file_bytes: int
     path: Path
+    shared: float | None = None
 
 
 @dataclass
@@ -230,17 +225,22 @@ def _names_agree(record: dict[str, Any]) -> bool:
 
 def _steps(run: _Run, part: Part) -> int:
     """Return the optimizer steps of a part."""
+    phases = 1 + len(part.kinds) * len(part.densities)
     if part.language is not None:
-        return run.recipe.language.steps * (1 + len(part.densities))
+        return run.recipe.language.steps * phases
     per_epoch = -(-len(names(SOURCE, "train")) // run.recipe.task.batch_size)
-    return run.recipe.task.epochs * per_epoch * (1 + len(part.densities))
+    return run.recipe.task.epochs * per_epoch * phases
 
 
 def _total_steps(run: _Run, seeds: int) -> int:
     """Return the optimizer steps of the whole run."""
     nowhere = Path()
     parts = [Part(run.recipe, nowhere, nowhere, 0, run.task_densities)]
-    parts += [Part(run.recipe, nowhere, nowhere, 0, (d,)) for d in run.task_densities]
+    parts += [
+        Part(run.recipe, nowhere, nowhere, 0, (d,), kinds=(kind,))
+        for d in run.task_densities
+        for kind in KINDS
+    ]
     parts += [
         Part(run.recipe, nowhere, nowhere, 0, run.language_densities, language=code)
         for code in (SOURCE, *run.languages)
@@ -262,55 +262,55 @@ def _one_seed(run: _Run, seed: int) -> None:
         for queued in (parts[SOURCE], task, *(parts[code] for code in run.languages)):
             workers.start(queued)
 
-        def finish(what: str, done: Part) -> list[LotteryTicketResult]:
+        def finish(what: str, done: Part) -> Found:
             run.display.begin(f"seed {seed}: {done.name}")
             found, states = workers.finish(done)
             if run.workers > 1:
                 run.display.advance(_steps(run, done))
             _note_states(run, what, states)
-            for density, result in zip(done.densities, found, strict=True):
-                _save(run, result.adapter, seed, density)
+            for kind, results in found.items():
+                for number, density in enumerate(done.densities):
+                    plain = found["plain"][number] if "plain" in found else None
+                    shared = None
+                    if plain is not None and kind != "plain":
+                        shared = _shared(results[number].masks, plain.masks)
+                    _save(run, results[number].adapter, seed, density, shared)
             return found
 
         trained = {SOURCE: finish("language", parts[SOURCE])}
-        over = [
-            part(f"task-on-{SOURCE}-{density:g}", (density,), source=beneath.path)
-            for density, beneath in zip(run.task_densities, trained[SOURCE], strict=True)
-        ]
-        for queued in over:
-            workers.start(queued)
+        over: dict[Kind, list[Part]] = {
+            kind: [
+                part(f"task-on-{SOURCE}-{d:g}", (d,), kinds=(kind,), source=beneath.path)
+                for d, beneath in zip(run.task_densities, trained[SOURCE][kind], strict=True)
+            ]
+            for kind in KINDS
+        }
+        for each in over.values():
+            for queued in each:
+                workers.start(queued)
         alone = finish("task", task)
         for code in run.languages:
             trained[code] = finish("language", parts[code])
-        on_source = [finish("task", queued)[0] for queued in over]
-    languages = {code: [r.adapter for r in found] for code, found in trained.items()}
-    classifier = load_classifier(run.assets, seed=seed)
+        on_source: Found = {
+            kind: [finish("task", queued)[kind][0] for queued in each]
+            for kind, each in over.items()
+        }
 
     run.display.begin(f"seed {seed}: scores")
-    scorer = _Scorer(run, seed)
-    coeff = run.recipe.compose.language_coeff
-    for number, density in enumerate(run.task_densities):
-        composer = Composer(classifier, {"task": alone[number].adapter})
-        composer.apply({"task": 1.0})
-        for code in languages:
-            scorer.add(classifier, TASK, code, density)
-        composer.revert()
-        composer = Composer(
-            classifier,
-            {
-                "task": on_source[number].adapter,
-                **{code: found[number] for code, found in languages.items()},
-            },
-        )
-        for code in languages:
-            # the task diff was learned on top of the whole source diff, hence coefficient 1 there
-            composer.switch({"task": 1.0, code: 1.0 if code == SOURCE else coeff})
-            scorer.add(classifier, TASK_LANGUAGE, code, density)
-        composer.revert()
-    if alone[0].dense_path is not None:
-        _load_dense(classifier, alone[0].dense_path)
-        for code in languages:
-            scorer.add(classifier, FULL_FT, code, None)
+    classifier = load_classifier(run.assets, seed=seed)
+    scorer = Scorer(
+        results=run.result.results,
+        tokenizer=run.tokenizer,
+        examples={code: held_out_examples(code, run.split) for code in codes},
+        split=run.split,
+        seed=seed,
+        language_coeff=run.recipe.compose.language_coeff,
+    )
+    densities = run.task_densities
+    scorer.kinds(classifier, densities, alone=alone, on_source=on_source, languages=trained)
+    dense = alone["plain"][0].dense_path
+    if dense is not None:
+        scorer.full_fine_tuning(classifier, dense)
 
 
 def _state_folder(run: _Run, seed: int) -> Path:
@@ -318,61 +318,23 @@ def _state_folder(run: _Run, seed: int) -> Path:
     return run.output_dir / "runs" / f"{'full' if run.full else 'quick'}-seed-{seed}"
 
 
-class _Scorer:
-    """Scores a classifier on a language's test names, into the run's results."""
-
-    def __init__(self, run: _Run, seed: int) -> None:
-        self.run, self.seed = run, seed
-        codes = (SOURCE, *run.languages)
-        self.examples = {code: held_out_examples(code, run.split) for code in codes}
-
-    def add(self, model: nn.Module, setting: str, language: str, density: float | None) -> None:
-        examples = self.examples[language]
-        logits = predict_logits(
-            model, self.run.tokenizer, examples, batch_size=_EVAL_BATCH, max_length=62
-        )
-        targets, predictions = [e.label for e in examples], logits.argmax(-1).tolist()
-        scores: Sequence[tuple[str, Callable[..., float]]] = (
-            ("macro_f1", macro_f1),
-            ("accuracy", accuracy),
-        )
-        for metric, score in scores:
-            self.run.result.results.add(
-                setting=setting,
-                language=language,
-                seed=self.seed,
-                metric=metric,
-                value=score(targets, predictions),
-                task="category of a CLDR name",
-                n=len(examples),
-                split=self.run.split,
-                density=density,
-            )
+def _shared(masks: Masks, others: Masks) -> float:
+    """Return the share of entries that other masks of the same size have too."""
+    theirs = dict(others.items())
+    common = sum(
+        int(torch.isin(mine.indices, theirs[name].indices, assume_unique=True).sum())
+        for name, mine in masks.items()
+        if name in theirs
+    )
+    return common / masks.nnz
 
 
-def held_out_examples(language: str, split: Split = "test") -> list[Example]:
-    """Return a language's names of the test (or dev) keys, labelled."""
-    return [
-        Example(id=f"{key.category}/{key.key}", text=text, label=CATEGORIES.index(key.category))
-        for key, text in names(language, split).items()
-    ]
-
-
-def _load_dense(model: nn.Module, path: Path) -> None:
-    """Load the result of a dense phase (full fine-tuning) into the model."""
-    from safetensors.torch import load_file
-
-    with torch.no_grad():
-        for name, tensor in load_file(path).items():
-            model.get_parameter(name).copy_(tensor)
-
-
-def _save(run: _Run, adapter: Adapter, seed: int, density: float) -> None:
+def _save(run: _Run, adapter: Adapter, seed: int, density: float, shared: float | None) -> None:
     folder = run.output_dir / "adapters" / f"seed-{seed}" / f"{adapter.name}-{density:g}"
     adapter.save(folder)
     path = folder / "adapter.safetensors"
     run.result.adapters.append(
-        AdapterFile(adapter.name, seed, density, adapter.nnz, path.stat().st_size, path)
+        AdapterFile(adapter.name, seed, density, adapter.nnz, path.stat().st_size, path, shared)
     )
 
 
@@ -392,6 +354,7 @@ def _adapter_table(adapters: list[AdapterFile]) -> list[dict[str, Any]]:
             "density": a.density,
             "nnz": a.nnz,
             "file_bytes": a.file_bytes,
+            "shared_with_plain": a.shared,
         }
         for a in adapters
     ]

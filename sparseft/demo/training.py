@@ -23,10 +23,12 @@ from sparseft.demo.encoder import set_dropout
 from sparseft.demo.names import CATEGORIES, SOURCE, names
 from sparseft.demo.recipe import LanguageRecipe, TaskRecipe
 from sparseft.demo.text import raw_text
+from sparseft.denoise import Denoise
 from sparseft.training import LoopTrainer, LotteryTicketResult, Phase, lottery_ticket
 
 __all__ = ["PhaseState", "language_batches", "task_batches", "train_language", "train_task"]
 
+DENOISED = "-denoised"  # at the end of an adapter's name
 BACKBONE = "roberta.*"
 HEAD = "classifier.*"
 _SORTED_BATCHES = 8  # batches drawn together and sorted by length
@@ -197,6 +199,8 @@ def train_language(
     seed: int,
     output_dir: Path,
     base_name: str,
+    denoise: Denoise | None = None,
+    phase1: Path | None = None,
     report: Report | None = None,
 ) -> tuple[list[LotteryTicketResult], list[PhaseState]]:
     """Learn the diffs of a language from its raw text, one a density (phase 1 is shared).
@@ -210,6 +214,8 @@ def train_language(
         seed: of both phases.
         output_dir: state of the run; an interrupted one goes on.
         base_name: recorded in the adapter.
+        denoise: how differences are denoised before the masks are chosen; None for plain masks.
+        phase1: folder of a run whose dense phase is taken.
         report: called with (phase, step).
     """
     watches: list[_Watch] = []
@@ -226,9 +232,11 @@ def train_language(
         output_dir=output_dir,
         include=[BACKBONE],
         scope=recipe.scope,
+        denoise=denoise,
+        phase1=phase1,
         l1=recipe.l1,
         seed=seed,
-        adapter_name=language,
+        adapter_name=language + (DENOISED if denoise else ""),
         base_name=base_name,
         metadata={"language": language, "text": "CLDR raw text, training keys"},
     )
@@ -245,6 +253,8 @@ def train_task(
     output_dir: Path,
     base_name: str,
     source: Adapter | None = None,
+    denoise: Denoise | None = None,
+    phase1: Path | None = None,
     report: Report | None = None,
 ) -> tuple[list[LotteryTicketResult], list[PhaseState]]:
     """Learn the task diffs from labelled English names, one a density; the head is trained fully.
@@ -254,7 +264,8 @@ def train_task(
         source: the English language diff, applied beneath while the task diff is learned: what
             every language diff changes is then there already, and swapping it for a target's
             changes only what the languages differ in (LT-SFT, section 3.2).
-        tokenizer, recipe, densities, seed, output_dir, base_name, report: as in `train_language`.
+        tokenizer, recipe, densities, seed, output_dir, base_name, denoise, phase1, report: as in
+            `train_language`.
     """
     watches: list[_Watch] = []
 
@@ -263,6 +274,7 @@ def train_task(
         return _trainer(model, phase, batches, task_loss, recipe.lr, watches, report)
 
     set_dropout(model, recipe.dropout)
+    name = "task" if source is None else f"task-on-{source.name.removesuffix(DENOISED)}"
     results = lottery_ticket(
         make_trainer,
         model,
@@ -270,10 +282,13 @@ def train_task(
         output_dir=output_dir,
         include=[BACKBONE],
         full_params=[HEAD],
+        scope=recipe.scope,
+        denoise=denoise,
+        phase1=phase1,
         l1=recipe.l1,
         source_adapters=[] if source is None else [source],
         seed=seed,
-        adapter_name="task" if source is None else f"task-on-{source.name}",
+        adapter_name=name + (DENOISED if denoise else ""),
         base_name=base_name,
         metadata={"task": "category of a CLDR name", "labels": list(CATEGORIES)},
     )

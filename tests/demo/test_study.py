@@ -27,7 +27,8 @@ from sparseft.demo.encoder import (
 from sparseft.demo.names import SOURCE, names
 from sparseft.demo.pretrain import masked_lm_loss
 from sparseft.demo.recipe import RECIPE, DemoRecipe, RunRecipe
-from sparseft.demo.study import FULL_FT, TASK, TASK_LANGUAGE, held_out_examples, run_demo
+from sparseft.demo.scoring import FULL_FT, SETTINGS, held_out_examples
+from sparseft.demo.study import run_demo
 from sparseft.demo.training import language_batches, language_loss, task_batches
 from sparseft.demo.tune import override
 from sparseft.errors import RecipeError
@@ -82,7 +83,7 @@ def done(demo, tmp_path_factory):
 def test_scores_every_setting_in_every_language(done):
     _, result = done
     cells = {(r.setting, r.language) for r in result.results.rows if r.metric == "macro_f1"}
-    settings = (TASK, TASK_LANGUAGE, FULL_FT)
+    settings = (*SETTINGS["plain"], *SETTINGS["denoised"], FULL_FT)
     assert cells == {(setting, code) for setting in settings for code in (SOURCE, "fi", "sw")}
     assert all(r.n == len(names(r.language, "test")) for r in result.results.rows)
 
@@ -101,7 +102,9 @@ def test_files_hold_what_was_found(done):
 
 def test_adapters_are_sparse_and_apply(done, assets):
     folder, result = done
-    assert sorted(a.name for a in result.adapters) == ["en", "fi", "sw", "task", "task-on-en"]
+    names = ("en", "fi", "sw", "task", "task-on-en")
+    both = sorted(name + kind for name in names for kind in ("", "-denoised"))
+    assert sorted(a.name for a in result.adapters) == both
     backbone = sum(p.numel() for p in load_classifier(assets).roberta.parameters())
     for file in result.adapters:
         assert file.path.is_file()
@@ -111,6 +114,7 @@ def test_adapters_are_sparse_and_apply(done, assets):
     before = {n: t.clone() for n, t in model.state_dict().items()}
     saved = {a.name: sparseft.Adapter.load(a.path.parent) for a in result.adapters}
     assert saved["task-on-en"].metadata.parents == (saved["en"].digest,)
+    assert saved["task-on-en-denoised"].metadata.parents == (saved["en-denoised"].digest,)
     assert not saved["task"].metadata.parents
     composer = sparseft.Composer(model, {"task": saved["task-on-en"], "fi": saved["fi"]})
     composer.apply(["task", "fi"])
@@ -127,6 +131,30 @@ def test_language_adapter_leaves_the_head_alone(done):
     assert not adapter.dense
     task = sparseft.Adapter.load(next(a.path for a in result.adapters if a.name == "task").parent)
     assert {name.split(".")[0] for name in task.dense} == {"classifier"}
+
+
+def test_denoised_masks_come_from_the_same_dense_phase(done, recipe):
+    folder, result = done
+    runs = folder / "runs" / "quick-seed-0"
+    for name in ("fi", "task"):
+        theirs = runs / f"{name}-{recipe.denoise.slug}"
+        assert (runs / name / "iteration-0" / "dense.safetensors").is_file()
+        assert not (theirs / "iteration-0" / "dense.safetensors").exists()
+    adapters = {a.name: sparseft.Adapter.load(a.path.parent) for a in result.adapters}
+    assert adapters["fi"].metadata.method == "lottery_ticket/magnitude"
+    about = adapters["fi-denoised"].metadata
+    assert about.method == "lottery_ticket/deltas_svd"
+    assert about.extra["selector_options"]["energy"] == recipe.denoise.level
+    shared = {a.name: a.shared for a in result.adapters}
+    assert shared["fi"] is None
+    assert 0.05 < shared["fi-denoised"] < 1  # another mask, and not a random one
+    pairs = (adapters["fi"].diffs, adapters["fi-denoised"].diffs)
+    common = sum(
+        len({*plain.indices.tolist()} & {*pairs[1][n].indices.tolist()})
+        for n, plain in pairs[0].items()
+        if n in pairs[1]
+    )
+    assert shared["fi-denoised"] == common / adapters["fi"].nnz
 
 
 def test_sparse_phase_keeps_less(done):
@@ -178,7 +206,7 @@ def test_full_covers_seeds_and_densities(done, demo):
     composed = {
         (r.seed, r.density)
         for r in result.results.rows
-        if r.setting == TASK_LANGUAGE and r.metric == "macro_f1"
+        if r.setting == SETTINGS["denoised"][1] and r.metric == "macro_f1"
     }
     assert composed == {(seed, density) for seed in (0, 1) for density in (0.01, 0.05)}
     masks = [
@@ -209,7 +237,8 @@ def test_prints_the_table(done, demo, capsys):
         "mean of targets",
         "full fine-tuning",
         "Peak memory",
-        "Adding",
+        "task + language over task:",
+        "denoised task + language over task + language:",
     ):
         assert part in out
 
@@ -218,8 +247,8 @@ def test_prints_the_table(done, demo, capsys):
 def test_the_shipped_encoder_goes_through_the_study(recipe, tmp_path):
     result = run_demo(output_dir=tmp_path, quiet=True, recipe=recipe, workers=2)
     cells = {(r.setting, r.language) for r in result.results.rows}
-    assert len(cells) == 9
-    assert len(result.adapters) == 5
+    assert len(cells) == 15
+    assert len(result.adapters) == 10
     shipped = sum(p.numel() for p in load_classifier().roberta.parameters())
     assert all(a.nnz == pytest.approx(0.05 * shipped, abs=1) for a in result.adapters)
     assert all(0 <= r.value <= 1 for r in result.results.rows)
@@ -249,6 +278,12 @@ def test_recipe_is_checked(tmp_path: Path):
     bad = tmp_path / "recipe.yaml"
     bad.write_text(text.replace("mask_rate:", "mask_ratio:"))
     with pytest.raises(RecipeError, match="mask_ratio.*mask_rate"):
+        DemoRecipe.load(bad)
+    bad.write_text(text.replace("rule: energy", "rule: enrgy"))
+    with pytest.raises(RecipeError, match="did you mean 'energy'"):
+        DemoRecipe.load(bad)
+    bad.write_text(text.replace("residual: 0.1", "residual: 1.1"))
+    with pytest.raises(RecipeError, match="residual is 1.1"):
         DemoRecipe.load(bad)
     with pytest.raises(RecipeError, match="'de'"):
         RunRecipe(languages=("de",), seeds=1)
