@@ -12,8 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -23,11 +22,10 @@ from sparseft._text import did_you_mean
 from sparseft.attachment import Attachment
 from sparseft.diff import SparsePattern
 from sparseft.errors import AttachError, MaskError, ResumeError
-from sparseft.modules._gradient_sums import TensorSums
-from sparseft.modules.gradient_scores import GradientScores
 from sparseft.modules.leaves import MaskedParameter
 from sparseft.modules.ranks import check_agreement, processes
 from sparseft.modules.riders import board, leave
+from sparseft.training.candidates import Window
 from sparseft.training.drop_and_grow import (
     DROP,
     RATES,
@@ -152,15 +150,13 @@ class Reselection:
         self.rounds = 0
         self.moved = 0
         self._done = 0  # optimizer steps begun
-        self._found: dict[str, Found] = {}  # inside a window
-        self._tap: GradientScores | None = None
-        self._undo = ExitStack()
+        self._window = Window(attachment.model, group)
         self._optimizer: Callable[[], Any] = lambda: None
         self._given = self._settings()
         self._check_scope()
         board(attachment.model, self)
         attachment._at_detach.append(self.close)
-        self._open_tap()
+        self._open_window()
 
     def _settings(self) -> dict[str, Any]:
         names = (
@@ -217,78 +213,40 @@ class Reselection:
                 "this trainer does not say: pass steps=."
             )
         self._optimizer = weakref.ref(optimizer)
-        self._close_window_step()
+        self._window.count()
         self._done += 1
-        if self._done % self.every == 0 and self._found:
+        if self._done % self.every == 0 and self._window.found:
             self._round(optimizer)
-        self._open_tap()
+        self._open_window()
 
-    # -- gradients of candidates ---
-
-    def _open_tap(self) -> None:
+    def _open_window(self) -> None:
         """Look at the gradients of the coming step, if it is in the window of a round."""
         at = self._next_round()
         rate = self._rate_at(at)
-        if self._done < at - self.accumulate or not rate:
+        first = at - self.accumulate
+        if self._done < first or not rate:
             return
-        masks = self._masks()
-        patterns = {n: m.pattern for n, m in masks.items()}
-        candidates: Mapping[str, Any]
-        if self._found:
-            candidates = {
-                n: SparsePattern._trusted(f.indices, patterns[n].shape)
-                for n, f in self._found.items()
-            }
-        elif self._done == at - self.accumulate:
-            candidates = candidate_counts(patterns, rate, self.scope, self.candidates)
-        else:
-            return  # the window's first step found none
-        if not candidates:
-            return
-        self._tap = GradientScores(
-            self.attachment.model,
-            list(candidates),
-            statistic="sum",
-            candidates=candidates,
-            exclude={n: patterns[n] for n in candidates},
-            group=self.group,
-        )
-        for sums in self._tap._sums:
-            _pass_over_nan(sums)
-        self._undo.enter_context(_uncompiled())
-        self._undo.enter_context(self._tap)
-
-    def _close_window_step(self) -> None:
-        """Add the gradients of the step that has just been seen."""
-        if self._tap is None:
-            return
-        self._tap.step()
-        scores = self._tap.finish()
-        self._close_tap()
-        if self._found:
-            scores = {
-                n: (indices, self._found[n].scores + new) for n, (indices, new) in scores.items()
-            }
-        self._found = {n: Found(*pair) for n, pair in scores.items() if pair[0].numel()}
-
-    def _close_tap(self) -> None:
-        self._tap = None
-        self._undo.close()
+        patterns = {n: m.pattern for n, m in self._masks().items()}
+        counts = None
+        if self._done == first:
+            counts = candidate_counts(patterns, rate, self.scope, self.candidates)
+        self._window.open(patterns, counts)
 
     # -- the round ---
 
     @torch.no_grad()
     def _round(self, optimizer: Any) -> None:
-        found, self._found = self._found, {}
-        rate = self._rate_at(self._done)
+        masks = self._masks()
+        found = {n: f for n, f in self._window.take().items() if n in masks}
         if not all(bool(torch.isfinite(f.scores).all()) for f in found.values()):
             logger.warning(
                 "step %d: gradients of candidates are NaN or infinite (a loss scale that was too "
                 "large?); the masks stay until the next round.", self._done
             )  # fmt: skip
             return
-        new = drop_and_grow(self._masks(), found, rate=rate, scope=self.scope, drop=self.drop)
-        check_agreement(new, self.group)
+        rate = self._rate_at(self._done)
+        new = drop_and_grow(masks, found, rate=rate, scope=self.scope, drop=self.drop)
+        check_agreement({n: new.get(n, m.pattern) for n, m in masks.items()}, self.group)
         moved = self.attachment.reselect_(new, optimizer=optimizer)
         self.rounds += 1
         self.moved += moved
@@ -305,8 +263,8 @@ class Reselection:
             "moved": self.moved,
             "settings": dict(self._given),
             "indices": {n: p.indices for n, p in self.attachment.patterns.items()},
-            "candidates": {n: f.indices for n, f in self._found.items()},
-            "scores": {n: f.scores for n, f in self._found.items()},
+            "candidates": {n: f.indices for n, f in self._window.found.items()},
+            "scores": {n: f.scores for n, f in self._window.found.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -348,10 +306,10 @@ class Reselection:
             found[name] = Found(pattern.indices, scores.to(masks[name].device, copy=True))
         optimizer = self._optimizer()
         self.attachment.reselect_(new, optimizer=optimizer)
-        self._close_tap()
+        self._window.close()
         self._done, self.rounds, self.moved = state["step"], state["rounds"], state["moved"]
-        self._found = found
-        self._open_tap()
+        self._window.found = found
+        self._open_window()
 
     def tensors(self) -> dict[str, Tensor]:
         """Return `state_dict` as tensors alone, for the model's state dict."""
@@ -363,7 +321,7 @@ class Reselection:
             out[f"indices.{name}"] = pattern.indices
             # Always the same keys: empty between windows.
             none = Found(pattern.indices[:0], pattern.indices.new_empty(0, dtype=torch.float32))
-            for part, tensor in self._found.get(name, none)._asdict().items():
+            for part, tensor in self._window.found.get(name, none)._asdict().items():
                 out[f"{part if part == 'scores' else 'candidates'}.{name}"] = tensor
         return out
 
@@ -389,18 +347,17 @@ class Reselection:
 
     def close(self) -> None:
         """End the looking and the riding; `Attachment.detach` does it, too."""
-        self._close_tap()
-        self._found = {}
+        self._window.close()
+        self._window.found = {}
         leave(self.attachment.model, self)
 
     def __getstate__(self) -> dict[str, Any]:
         # For deepcopy and pickle of an attached model: hooks and the optimizer belong to this one.
-        own = ("_tap", "_undo", "_optimizer", "group")
-        return {k: v for k, v in self.__dict__.items() if k not in own}
+        return {**self.__dict__, "_optimizer": None, "group": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._tap, self._undo, self._optimizer, self.group = None, ExitStack(), lambda: None, None
+        self._optimizer = lambda: None
 
     # -- events of trainers ---
 
@@ -429,57 +386,18 @@ class Reselection:
         """Transformers' event: tells the length of the run."""
         if self.steps is None:
             self.steps = state.max_steps
-            self._close_tap()
-            self._open_tap()
+            self._window.close()
+            self._open_window()
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         """Transformers' event."""
-        self._close_tap()
+        self._window.close()
 
     def __getattr__(self, name: str) -> Any:
         # Every other event of a transformers callback, whichever a version has.
         if name.startswith("on_"):
             return _nothing
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-
-
-_eager: list[Any] = []  # the compiler's stance before the first window that is open
-
-
-@contextmanager
-def _uncompiled() -> Iterator[None]:
-    """Run compiled models eagerly; windows of several models may overlap in any order.
-
-    Taps are other classes in each window: with them, compiled code would be made again each time.
-    """
-    if not _eager:
-        _eager.append(torch.compiler.set_stance("force_eager"))
-    _eager.append(None)
-    try:
-        yield
-    finally:  # also where a Reselection is dropped in a window
-        _eager.pop()
-        if len(_eager) == 1:
-            _eager.pop().__exit__(None, None, None)
-
-
-def _pass_over_nan(sums: TensorSums) -> None:
-    """Name no candidates, instead of raising, where the gradient they are named by has NaN.
-
-    A loss scale that is too large gives such gradients now and then, and its step is skipped.
-    """
-    choose = sums._choose
-
-    def choose_or_none(tiles: Iterable[tuple[int, Tensor]]) -> None:
-        try:
-            choose(tiles)
-        except MaskError:
-            logger.warning(
-                "gradients of %r are NaN; its mask stays until the next round", sums.name
-            )
-            sums.give_up_choosing()
-
-    setattr(sums, "_choose", choose_or_none)  # noqa: B010  # mypy: not a method's place
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:

@@ -395,7 +395,7 @@ def test_candidates_take_eight_bytes_each_and_nothing_between_windows():
     for _ in range(10):
         mse(student, (data.x, data.y)).backward()
         moving.step(optimizer)
-        sizes.append(sum(f.indices.nbytes + f.scores.nbytes for f in moving._found.values()))
+        sizes.append(sum(f.indices.nbytes + f.scores.nbytes for f in moving._window.found.values()))
     grow = int(0.1 * (1 - 5 / 1000) * 80)
     assert sizes[:5] == [0, 0, 0, 2 * 2 * grow * 8, 0]
     assert sizes[9] == 0
