@@ -16,6 +16,7 @@ error of 1e-5 in a gradient visibly moves the step. Two dense runs part there as
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -83,9 +84,9 @@ def masks_for(model: nn.Module, density: float) -> dict[str, Tensor]:
     }
 
 
-def train_dense(folder, masks, data, pieces) -> dict[str, Tensor]:
+def train_dense(start, masks, data, pieces) -> dict[str, Tensor]:
     """Dense fine-tuning with a gradient mask: Adam's moments of masked-out entries stay 0."""
-    model = load(folder)
+    model = copy.deepcopy(start)
     index = ParameterIndex(model)
     model.requires_grad_(False)
     parameters = {n: index.get(n).requires_grad_(True) for n in masks}
@@ -100,8 +101,8 @@ def train_dense(folder, masks, data, pieces) -> dict[str, Tensor]:
     return {n: p.detach()[masks[n]] - base[n] for n, p in parameters.items()}
 
 
-def train_sparse(folder, masks, data, make_optimizer) -> dict[str, Tensor]:
-    model = load(folder)
+def train_sparse(start, masks, data, make_optimizer) -> dict[str, Tensor]:
+    model = copy.deepcopy(start)
     sparse = attach(model, masks)
     optimizer = make_optimizer(sparse.parameters())
     for batch in data:
@@ -126,14 +127,15 @@ OPTIMIZERS = {
 
 def check(folder, optimizers, steps, rows, length, density):
     data = batches(folder, steps, rows, length)
-    masks = masks_for(load(folder), density)
+    start = load(folder)
+    masks = masks_for(start, density)
     tied = [n for n in masks if "word_embeddings" in n]
     assert tied, "the embeddings are not in the mask"
-    dense = train_dense(folder, masks, data, 1)
-    drift = distance(train_dense(folder, masks, data, 2), dense)
+    dense = train_dense(start, masks, data, 1)
+    drift = distance(train_dense(start, masks, data, 2), dense)
     assert min(drift) > 0, "the calibration runs did not differ"
     for kind in optimizers:
-        sparse = train_sparse(folder, masks, data, OPTIMIZERS[kind])
+        sparse = train_sparse(start, masks, data, OPTIMIZERS[kind])
         moved = torch.cat([v.flatten() for v in sparse.values()])
         assert (moved != 0).float().mean() > 0.1
         far = distance(sparse, dense)
