@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor, nn
 
 from sparseft.errors import OptionError
-from sparseft.selection import Masks, select, selectors
+from sparseft.selection import Masks, options_of, select
 
 if TYPE_CHECKING:
     from sparseft.denoise import Denoise
@@ -59,12 +59,7 @@ class MaskChoice:
 
     def takes(self, option: str) -> bool:
         """Whether the selector, or the scoring method it builds on, has an option of this name."""
-        known = selectors()
-        names = [self.method]
-        if self.method in known and "score" in known[self.method].options:
-            default = known[self.method].options["score"]
-            names.append(str(self.options.get("score", default)))
-        return any(name in known and option in known[name].options for name in names)
+        return option in options_of(self.method, self.options)
 
     @property
     def needs_dense(self) -> bool:

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from sparseft._text import did_you_mean
 from sparseft.denoise import Denoise
 from sparseft.errors import RecipeError, SparseFtError
-from sparseft.selection import selectors
+from sparseft.selection import options_of, selectors
 from sparseft.training.schedule import SCHEDULES
 
 __all__ = [
@@ -135,7 +135,7 @@ class TrainSection(Section):
             self._need(key, getattr(self, key) >= 0, "at least 0")
         self._need("l1", min(self.l1) >= 0, "at least 0 in each phase")
         _choice(f"{self.where}.schedule", self.schedule, SCHEDULES)
-        _check_mask_choice(self.where, self.selector, self.scope, self.denoise)
+        _check_mask_choice(self)
         if self.density is not None:
             self._need("density", 0 < self.density <= 1, "in (0, 1]")
         if self.nnz is not None:
@@ -270,7 +270,7 @@ class MethodSection(Section):
     denoise: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        _check_mask_choice(self.where, self.selector, self.scope, self.denoise)
+        _check_mask_choice(self)
 
     def denoising(self) -> Denoise | None:
         """Return the options of ``denoise``, None without."""
@@ -308,17 +308,31 @@ class SweepSection(Section):
             _choice("sweep.baseline", self.baseline, self.methods)
 
 
-def _check_mask_choice(
-    where: str, selector: str, scope: str, denoise: Mapping[str, Any] | None
-) -> None:
+def _check_mask_choice(section: TrainSection | MethodSection) -> None:
+    where, selector, options = section.where, section.selector, section.selector_options
     _choice(f"{where}.selector", selector, selectors())
-    _choice(f"{where}.scope", scope, ("global", "tensor", "row"))
-    if denoise is None:
-        return
+    _choice(f"{where}.scope", section.scope, ("global", "tensor", "row"))
+    if section.denoise is not None:
+        try:
+            Denoise(**section.denoise)
+        except (TypeError, SparseFtError) as bad:
+            raise RecipeError(f"{where}.denoise is {section.denoise!r}: {bad}") from None
+        if selector not in ("magnitude", "deltas_svd"):
+            raise RecipeError(
+                f"{where} gives denoise, which is for the selector deltas_svd, and selector "
+                f"{selector!r}; keep one of the two."
+            )
+        selector = "deltas_svd"
     try:
-        Denoise(**denoise)
-    except (TypeError, SparseFtError) as bad:
-        raise RecipeError(f"{where}.denoise is {dict(denoise)!r}: {bad}") from None
+        known = options_of(selector, options)
+    except SparseFtError as bad:
+        raise RecipeError(f"{where}.selector_options is {options!r}: {bad}") from None
+    for option in options:
+        if option not in known:
+            raise RecipeError(
+                f"{where}.selector_options has {option!r}, which selector {selector!r} does not "
+                f"take; it takes {', '.join(known) or 'none'}.{did_you_mean(option, known)}"
+            )
 
 
 def _choice(key: str, value: str, allowed: Sequence[str] | Mapping[str, Any]) -> None:

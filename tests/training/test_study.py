@@ -234,7 +234,10 @@ def test_selectors_and_denoising_come_from_the_recipe(recipe_data, tmp_path):
     [
         ({"denoise": {"rnk": 2}}, r"task.denoise is \{'rnk': 2\}"),
         ({"denoise": {"rank": 2, "energy": 0.5}}, "task.denoise"),
+        ({"denoise": {"rank": 2}, "selector": "random"}, "task gives denoise.*'random'"),
         ({"selector": "lowrank"}, "task.selector is 'lowrank'.*'low_rank'"),
+        ({"selector": "low_rank", "selector_options": {"rnk": 2}}, "'rnk'.*Did you mean 'rank'"),
+        ({"selector": "rows", "selector_options": {"score": "fishr"}}, "'fishr'.*'fisher'"),
     ],
 )
 def test_a_wrong_way_to_choose_is_named_when_the_recipe_is_read(recipe_data, values, message):
