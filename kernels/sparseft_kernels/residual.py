@@ -19,7 +19,8 @@ summation, so that they see the same keys: the count is exact, and the bits are 
 Roofline, not a measurement (nothing here was timed on a GPU): the encoder matrices of XLM-R base,
 85 M entries at rank 64, are 0.08 ms of memory and, as three TF32 products, 0.1 ms of tensor cores a
 pass: five passes stay near 1 ms. In torch the stored product and its keys alone move 24 bytes an
-entry, and a sort per matrix, or a top-k of a tenth of it, comes on top.
+entry, and a sort per matrix, or a top-k of a tenth of it, comes on top. Hence this is the default;
+the benchmark suite measures it (`benchmarks/run.py suite --only 'svd/prune/*'`).
 """
 
 from __future__ import annotations

@@ -11,6 +11,11 @@ cost more arithmetic than the reads that it saves.
 Cholesky: one program holds a matrix in registers, factorises it right-looking and forms the inverse
 of the factor beside it, so that a CholeskyQR pass is two batched products and one launch that
 nobody waits for.
+
+Nothing here was timed on a GPU. Differences and signs are the default there by what they move: 8
+bytes an entry of a bf16 difference against torch's 16 or more; signs in one launch, against some 60
+over int64 words. The Cholesky kernel is no default: see `sparseft.ops.cholesky_inverse`. The
+benchmark suite holds each against torch (`benchmarks/run.py suite --only 'svd/*'`).
 """
 
 from __future__ import annotations

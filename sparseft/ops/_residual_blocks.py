@@ -67,7 +67,7 @@ def prune_blocks(
 def _blocks(delta: Tensor) -> Iterator[tuple[slice, slice]]:
     """Yield rows and columns; whole matrices on GPUs, which have no such cache to keep to."""
     m, n = delta.shape
-    wide = min(n, _COLUMNS) if delta.device.type == "cpu" else n
+    wide = min(n, max(_COLUMNS, BLOCK // m)) if delta.device.type == "cpu" else n
     rows = max(1, BLOCK // wide) if delta.device.type == "cpu" else m
     for top in range(0, m, rows):
         for first in range(0, n, wide):
