@@ -95,8 +95,9 @@ class LinearGradient:
     @cached_property
     def _factors(self) -> tuple[Tensor, Tensor]:
         a, b = self._a, self._b
-        # GPUs multiply halves into fp32; a CPU's halves are widened once for all tiles.
-        if a.device.type == "cuda" and a.dtype == b.dtype and a.dtype.itemsize == 2:
+        # CUDA multiplies halves into fp32; elsewhere halves are widened once for all tiles.
+        cuda = a.device.type == "cuda" and torch.version.hip is None
+        if cuda and a.dtype == b.dtype and a.dtype.itemsize == 2:
             return a, b
         return a.to(self._wide), b.to(self._wide)
 

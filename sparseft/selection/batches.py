@@ -29,10 +29,14 @@ logger = logging.getLogger(__name__)
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 
-# A multiple of what is kept; None: all entries; "auto": all up to `_EXACT`, else `_MULTIPLE`.
+# A multiple of what is kept; None: all entries; "auto": all up to `_EXACT`, and where a list would
+# take as much memory (up to 12 bytes an entry, against 4); else `_MULTIPLE`. On an encoder of 31
+# million parameters, 5 % kept, four batches of eight random rows, lists of 4 and 10 times what is
+# kept led to masks that shared 53 % and 75 % of their entries with the exact one. What is missing is
+# the first batch's noise, and to a smaller part tensors that would need more than their share.
 Shortlist = float | Literal["auto"] | None
-_EXACT = 1 << 26
-_MULTIPLE = 4.0
+_EXACT = 1 << 29
+_MULTIPLE = 10.0
 
 
 def gradient_pieces(
@@ -139,7 +143,8 @@ def _check_options(batches: Any, max_batches: Any) -> None:
 def _counts(candidates: Candidates, shortlist: Shortlist, nnz: int | None) -> dict[str, int] | None:
     """Return how many candidates each tensor has, None for all entries."""
     if shortlist == "auto":
-        shortlist = None if candidates.numel <= _EXACT or nnz is None else _MULTIPLE
+        whole = nnz is None or candidates.numel <= max(_EXACT, 3 * _MULTIPLE * nnz)
+        shortlist = None if whole else _MULTIPLE
     if shortlist is None:
         return None
     if isinstance(shortlist, bool | str) or not shortlist >= 1:

@@ -42,9 +42,10 @@ def select_fisher(
         max_batches: look at so many at most.
         shortlist: gradients are summed at that many times the entries to keep, each tensor's share
             by its size and chosen exactly by its gradient in the first batch; vectors are summed
-            whole. An entry that is not on it ranks last. None: all entries are summed, exactly, in
-            4 bytes each. "auto": None for up to 67 million candidates (and for structures, which
-            sum scores), else 4. For scope "row" give None: each row needs entries of its own.
+            whole. An entry that is not on it ranks last, so the first batch should be a large one.
+            None: all entries are summed, exactly, in 4 bytes each. "auto": None for up to 537
+            million candidates (2 GiB), for densities above 3 %, and for structures, which sum
+            scores; else 10. For scope "row" give None: each row needs entries of its own.
         train: run the model in train mode (dropout draws, from the generators as they are).
         group: processes whose batches count together, so that all choose the same entries; None:
             all, where ``torch.distributed`` is initialised; False: this one alone.

@@ -15,6 +15,7 @@ from torch import nn
 from sparseft import attach, select
 from sparseft.errors import DataError, MaskError, NonFiniteLossError, OptionError
 from sparseft.selection import batches as shared
+from sparseft.selection import candidates_of
 
 
 class Net(nn.Module):
@@ -118,11 +119,19 @@ def test_a_short_shortlist_is_what_the_first_batch_chose(monkeypatch):
         best = first[name].reshape(-1).topk(count).indices
         assert set(masks[name].indices.tolist()) <= set(best.tolist())
     # "auto" is exact for a small model, and a shortlist for a large one.
-    exact = select(model, "fisher", nnz=60, batches=batches, shortlist=None)
-    assert select(model, "fisher", nnz=60, batches=batches).equals(exact)
+    exact, listed = (
+        select(model, "fisher", nnz=10, batches=batches, scope="tensor", shortlist=shortlist)
+        for shortlist in (None, 3)
+    )
+    assert not listed.equals(exact), "nothing to tell them apart by"
+    auto = {"nnz": 10, "batches": batches, "scope": "tensor"}
+    assert select(model, "fisher", **auto).equals(exact)
     monkeypatch.setattr(shared, "_EXACT", 100)
-    four = select(model, "fisher", nnz=60, batches=batches, shortlist=4)
-    assert select(model, "fisher", nnz=60, batches=batches).equals(four)
+    monkeypatch.setattr(shared, "_MULTIPLE", 3.0)
+    assert select(model, "fisher", **auto).equals(listed)
+    monkeypatch.setattr(shared, "_MULTIPLE", 12.0)  # 12 bytes for 120 of 338 entries: no saving
+    counts = shared._counts(candidates_of(model), "auto", 10)
+    assert counts is None
 
 
 def test_attached_masks_do_not_show():
