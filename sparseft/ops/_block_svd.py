@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparseft.ops._cholesky_qr import orthonormal_columns
+from sparseft.ops._cholesky_qr import independent_columns, orthonormal_columns
 from sparseft.ops._sketch import sign_sketch
 from sparseft.ops._svd_problem import Factors, Problem, full_precision, right_factor
 
@@ -25,6 +25,8 @@ BLOCK = 64
 # Singular values of `b` above this share of the largest are well enough resolved by the fp64 Gram
 # that dividing by them leaves orthonormal vectors (to 2e-16 over its square).
 _RESOLVED = 1e-4
+# Above this share fp32 products leave them orthonormal to 3e-6, too.
+_PLAIN = 0.05
 
 
 class Iteration(NamedTuple):
@@ -66,16 +68,20 @@ def block_svd(problem: Problem, how: Iteration) -> tuple[Factors, Tensor]:
         q, b = _grow(a, q, b, range(size, larger), how)
     if fixed is not None:
         done = torch.ones_like(done)
-    ranks = ranks[done]
+    if not bool(done.all()):
+        ranks, squares, vectors = ranks[done], squares[done], vectors[done]
+        q, b, wide = q[done], b[done], wide[done]
     r = int(ranks.max()) if len(ranks) else 0
-    turn = vectors.flip(-1)[done, :, :r]
-    left = (q[done].double() @ turn).to(a.dtype)
-    squares = squares[done]
-    product = wide[done].mT @ turn
-    if bool((squares[:, r - 1 : r] > _RESOLVED**2 * squares[:, :1]).all()):
-        right = (product / squares[:, None, :r].sqrt()).to(a.dtype)
+    turn = vectors.flip(-1)[..., :r]
+    left = (q.double() @ turn).to(a.dtype)
+    last = squares[:, r - 1 : r] / squares[:, :1]  # NaN for zeros
+    if bool((last > _PLAIN**2).all()):
+        with full_precision(a.device):
+            right = b.mT @ (turn / squares[:, None, :r].sqrt()).to(a.dtype)
+    elif bool((last > _RESOLVED**2).all()):
+        right = (wide.mT @ turn / squares[:, None, :r].sqrt()).to(a.dtype)
     else:
-        right = right_factor(product, a.dtype)
+        right = right_factor(wide.mT @ turn, a.dtype)
     return Factors(left, squares[:, :r], right, ranks), done
 
 
@@ -89,7 +95,9 @@ def _grow(
         # The long side needs none: the columns are in order of falling size and each keeps its own
         # scale, so that what rounding mixes in from larger ones goes at the next step. Residuals
         # were the same with it, for spectra that fall by 1e-6 in one step, too.
-        z = a.mT @ orthonormal_columns(y, passes=1).to(a.dtype)
+        with full_precision(a.device):
+            basis = independent_columns(y)
+        z = a.mT @ basis
         y = _beside(q, a @ z)
     new = orthonormal_columns(y, passes=2).to(a.dtype)
     if q is not None:

@@ -73,14 +73,20 @@ def _check_dtype(what: str, x: Tensor) -> None:
         )
 
 
-def wide_and_near_one(batch: Tensor, labels: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Return the matrices with their short side first, and by what each was divided, (B,) float64.
+def wide_and_near_one(batch: Tensor, labels: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the matrices with their short side first, by what each was divided, and the Frobenius
+    norms of what is returned; both (B,) float64.
 
     The divisor is 1 or, where the largest entry is beyond 2**+-40, a power of two: exact both ways.
 
     Raises:
         DecompositionError: a NaN or infinite entry; names the first such matrix.
     """
+    a = batch.mT if batch.shape[1] > batch.shape[2] else batch
+    norm = _norms(a)
+    # One pass tells: a norm is finite where all entries are, and bounds the largest of them.
+    if bool(((norm > 2.0**-_FAR) & (norm < 2.0**_FAR)).all()):
+        return a, torch.ones_like(norm), norm
     largest = torch.maximum(batch.amax((1, 2)), -batch.amin((1, 2))).double()
     finite = largest.isfinite()
     if not bool(finite.all()):
@@ -92,7 +98,6 @@ def wide_and_near_one(batch: Tensor, labels: Sequence[str]) -> tuple[Tensor, Ten
             f"{infinite} infinite entries ({int((~finite).sum())} of {len(batch)} matrices do); "
             "wanted finite ones. Did a training step diverge?"
         )
-    a = batch.mT if batch.shape[1] > batch.shape[2] else batch
     exponent = torch.frexp(largest).exponent - 1
     exponent = torch.where((largest > 0) & (exponent.abs() > _FAR), exponent, 0)
     if bool((exponent != 0).any()):
@@ -100,4 +105,10 @@ def wide_and_near_one(batch: Tensor, labels: Sequence[str]) -> tuple[Tensor, Ten
         half = exponent // 2
         for part in (half, exponent - half):
             a = a * torch.exp2(-part.double()).to(a.dtype)[:, None, None]
-    return a, torch.exp2(exponent.double())
+        norm = _norms(a)
+    return a, torch.exp2(exponent.double()), norm
+
+
+def _norms(a: Tensor) -> Tensor:
+    # rows in the working precision, their sum in fp64: fp64 throughout was 13 % of the call
+    return torch.linalg.vector_norm(torch.linalg.vector_norm(a, dim=-1).double(), dim=-1)

@@ -8,7 +8,7 @@ Linear layers of a transformer come in a handful of shapes, and a tall one is a 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -24,6 +24,11 @@ from sparseft.ops._sketch import SKETCH_ROWS
 from sparseft.ops.truncated_svd import Method, TruncatedSVD, choose_method, truncated_svd
 
 __all__ = ["SvdChunk", "SvdPlan", "plan_svd"]
+
+# On a CPU a batched product is a loop. Buffers of this size, and what the work on them needs, come
+# from memory that the process has; for more than 32 MiB the C library asks for fresh pages each
+# time, which cost a tenth of the decomposition.
+_CPU_BYTES = 24 << 20
 
 
 @dataclass(frozen=True)
@@ -80,20 +85,22 @@ class SvdPlan:
         Raises:
             DecompositionError: a matrix of another shape than planned; as `truncated_svd`.
         """
+        ahead: list[Tensor] = []  # the first matrix of a chunk says where, if the caller does not
+
+        def fill(name: str, out: Tensor) -> None:
+            matrix = ahead.pop() if ahead else load(name).detach()
+            if matrix.shape != out.shape:
+                raise DecompositionError(
+                    f"plan_svd: {name!r} has shape {tuple(matrix.shape)} but was planned as "
+                    f"{tuple(out.shape)}."
+                )
+            out.copy_(matrix)
+
         for chunk in self.chunks:
-            ahead = [load(chunk.names[0]).detach()]  # says where, if the caller does not
-
-            def fill(name: str, out: Tensor, ahead: list[Tensor] = ahead) -> None:
-                matrix = ahead.pop() if ahead else load(name).detach()
-                if matrix.shape != out.shape:
-                    raise DecompositionError(
-                        f"plan_svd: {name!r} has shape {tuple(matrix.shape)} but was planned as "
-                        f"{tuple(out.shape)}."
-                    )
-                out.copy_(matrix)
-
-            where = ahead[0].device if device is None else device
-            yield from _split(chunk, self._decompose(chunk, fill, where)[1])
+            ahead.append(load(chunk.names[0]).detach())
+            where = torch.device(ahead[0].device if device is None else device)
+            for part in _parts(chunk, where, self.dtype):
+                yield from _split(part, self._decompose(part, fill, where)[1])
 
     def run_chunks(
         self,
@@ -109,26 +116,39 @@ class SvdPlan:
             device: where the buffers lie and the work is done.
 
         Yields:
-            The chunk; its buffer (B, s, t), as it was filled and now the caller's; the result for
-            the whole chunk in that orientation, zeros beyond each matrix's rank.
+            The chunk, on a CPU parts of it; its buffer (B, s, t), as it was filled and now the
+            caller's; the result for all of it in that orientation, zeros beyond each one's rank.
 
         Raises:
             DecompositionError: as `truncated_svd`.
         """
+        where = torch.device(device)
         for chunk in self.chunks:
-            # Nothing is kept here: what the caller drops is free before the next chunk.
-            yield chunk, *self._decompose(chunk, fill, device)
+            for part in _parts(chunk, where, self.dtype):
+                # Nothing is kept here: what the caller drops is free before the next one.
+                yield part, *self._decompose(part, fill, where)
 
     def _decompose(
         self,
         chunk: SvdChunk,
         fill: Callable[[str, Tensor], object],
-        device: torch.device | str,
+        device: torch.device,
     ) -> tuple[Tensor, TruncatedSVD]:
         buffer = torch.empty((len(chunk.names), *chunk.shape), dtype=self.dtype, device=device)
         for name, tall, own in zip(chunk.names, chunk.tall, buffer, strict=True):
             fill(name, own.mT if tall else own)
         return buffer, truncated_svd(buffer, names=chunk.names, **self.options)
+
+
+def _parts(chunk: SvdChunk, device: torch.device, dtype: torch.dtype) -> Iterator[SvdChunk]:
+    """Yield a chunk, on a CPU cut into buffers of `_CPU_BYTES`."""
+    step = len(chunk.names)
+    if device.type == "cpu":
+        own = chunk.shape[0] * chunk.shape[1] * dtype.itemsize
+        step = max(1, min(step, _CPU_BYTES // max(own, 1)))
+    for start in range(0, len(chunk.names), step):
+        at = slice(start, start + step)
+        yield replace(chunk, names=chunk.names[at], tall=chunk.tall[at])
 
 
 def _split(chunk: SvdChunk, found: TruncatedSVD) -> Iterator[tuple[str, TruncatedSVD]]:
@@ -251,6 +271,7 @@ def _bytes_needed(
         columns = s if method == "block" else max(s // 4, columns)
     sketch = t * columns * itemsize + 4 * 8 * min(t, SKETCH_ROWS) * (columns + 32)
     if rule.rank is not None:
+        once = min(s * t, GRAM_ENTRIES + t) * itemsize  # a residual, no Gram
         return once + sketch, own + columns * column
     # where block iteration gives up, a copy of those matrices meets what it found for the others
     each = own + max(columns * column, own + gram + columns * (8 + 2 * itemsize) * (s + t))

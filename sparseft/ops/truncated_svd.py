@@ -215,9 +215,7 @@ def _decompose(
     else:
         limit = min(m, n)
     with torch.autocast(batch.device.type, enabled=False):
-        a, unit = wide_and_near_one(batch.to(dtype), labels_of(count, names))
-        # rows in the working precision, their sum in fp64: fp64 throughout was 13 % of the call
-        norm = torch.linalg.vector_norm(torch.linalg.vector_norm(a, dim=-1).double(), dim=-1)
+        a, unit, norm = wide_and_near_one(batch.to(dtype), labels_of(count, names))
         problem = Problem(a, norm.square(), unit, rule)
         factors, methods = _by(problem, method, Iteration(seed, power, oversample, limit))
         return _result(problem, norm, factors, methods, tall=m > n)
