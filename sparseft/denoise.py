@@ -70,7 +70,7 @@ class Denoise:
         vectors: ``"pass"`` leaves 1-D tensors as they are, as the paper does. ``"denoise"``: a
             vector has no low-rank part, its ``residual`` largest entries stay, the others become 0.
         memory: bytes for differences and the work on them, as a number or as text: ``"2GiB"``. A
-            matrix that alone needs more is treated by itself, and logged.
+            matrix that alone needs more is treated by itself; the first such is logged.
 
     Raises:
         OptionError: not exactly one rule, or a value out of range.
@@ -195,17 +195,17 @@ def treat(
     """
     memory = parse_bytes(how.memory)
     window: list[Triple] = []
-    held = 0
+    held, said = 0, list[str]()
     for name, theta1, theta0 in _checked(pairs, how.target):
         size = 0
         if theta1.ndim == 2 and how.changes(theta1.shape, embedding=name in embeddings):
             size = theta1.numel() * _wide(theta1, theta0).itemsize
         if held and held + size > memory // 2:
-            yield from _of_window(window, how, embeddings, memory - held)
+            yield from _of_window(window, how, embeddings, memory - held, said)
             window, held = [], 0
         window.append((name, theta1, theta0))
         held += size
-    yield from _of_window(window, how, embeddings, memory - held)
+    yield from _of_window(window, how, embeddings, memory - held, said)
 
 
 def embedding_names(model: nn.Module) -> set[str]:
@@ -239,11 +239,16 @@ def _wide(theta1: Tensor, theta0: Tensor | None) -> torch.dtype:
 
 
 def _of_window(
-    window: list[Triple], how: Denoise, embeddings: Collection[str], free: int
+    window: list[Triple],
+    how: Denoise,
+    embeddings: Collection[str],
+    free: int,
+    said: list[str],
 ) -> Iterator[Treated]:
     """Denoise the matrices of a window together, then hand everything out in order.
 
-    ``free`` is what the memory leaves beside the window's own differences.
+    ``free`` is what the memory leaves beside the window's own differences, ``said`` the matrix that
+    was logged as larger.
     """
     groups: dict[tuple[torch.device, torch.dtype], list[Triple]] = {}
     for name, theta1, theta0 in window:
@@ -252,7 +257,7 @@ def _of_window(
             groups.setdefault(key, []).append((name, theta1, theta0))
     done: dict[str, Tensor] = {}
     for (device, dtype), members in groups.items():
-        done |= _matrices(members, how, device, dtype, free)
+        done |= _matrices(members, how, device, dtype, free, said)
     for name, theta1, theta0 in window:
         value = done.pop(name, None)
         if theta1.ndim == 1 and how.changes(theta1.shape):
@@ -261,7 +266,12 @@ def _of_window(
 
 
 def _matrices(
-    members: list[Triple], how: Denoise, device: torch.device, dtype: torch.dtype, free: int
+    members: list[Triple],
+    how: Denoise,
+    device: torch.device,
+    dtype: torch.dtype,
+    free: int,
+    said: list[str],
 ) -> dict[str, Tensor]:
     """Return the denoised matrices of one device and dtype, views of the chunks' buffers."""
     sides = {name: (theta1, theta0) for name, theta1, theta0 in members}
@@ -282,13 +292,15 @@ def _matrices(
         difference_(out, theta1, None if theta0 is None else theta0.to(device))
 
     done: dict[str, Tensor] = {}
+    if plan.bytes > memory and not said:
+        largest = max(plan.chunks, key=lambda c: c.bytes)
+        said.append(largest.names[0])
+        logger.warning(
+            "%r of shape %s needs %s, more than memory=%s leaves: it is treated by itself, as are "
+            "others like it. Leave it out, or pass embeddings as they are, where that is too much.",
+            largest.names[0], largest.shape, human_bytes(largest.bytes), how.memory,
+        )  # fmt: skip
     for chunk, buffer, found in plan.run_chunks(fill, device=device):
-        if chunk.bytes > memory:
-            logger.warning(
-                "%r of shape %s needs %s by itself, more than memory=%s; it is treated by itself. "
-                "Leave it out, or pass embeddings as they are, where that is too much.",
-                chunk.names[0], chunk.shape, human_bytes(chunk.bytes), how.memory,
-            )  # fmt: skip
         kept = how.kept(buffer[0].numel())
         prune_residual_(buffer, found.U * found.S[:, None, :], found.Vh, kept)
         for name, tall, own in zip(chunk.names, chunk.tall, buffer, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from pathlib import Path
 
@@ -122,6 +123,51 @@ class TestRun:
         assert not found.U.requires_grad
         list(steps)
         assert sorted(asked) == sorted(encoder())
+
+    def test_buffers_are_filled_in_place_and_handed_out(self):
+        data = {n: torch.randn(s) for n, s in encoder().items()}
+        plan = ops.plan_svd(encoder(), rank=8)
+        asked = []
+
+        def fill(name, out):
+            asked.append(name)
+            assert out.shape == encoder()[name]
+            out.copy_(data[name])
+
+        seen = []
+        for chunk, buffer, found in plan.run_chunks(fill, device="cpu"):
+            assert asked == seen + list(chunk.names)
+            alone = ops.truncated_svd(buffer, rank=8)
+            assert torch.equal(found.S, alone.S)
+            assert found.U.shape == (len(buffer), chunk.shape[0], 8)
+            for name, tall, own in zip(chunk.names, chunk.tall, buffer, strict=True):
+                assert torch.equal(own.mT if tall else own, data[name])
+            buffer.zero_()  # the caller's
+            seen += chunk.names
+        assert sorted(seen) == sorted(data)
+
+    def test_large_chunks_are_cut_on_a_cpu(self, monkeypatch):
+        module = importlib.import_module("sparseft.ops.svd_plan")
+        monkeypatch.setattr(module, "_CPU_BYTES", 3 * 48 * 48 * 4)
+        data = {n: torch.randn(s) for n, s in encoder().items()}
+        plan = ops.plan_svd(encoder(), rank=8)
+        assert len(plan.chunks) == 2
+        fill = {n: lambda out, n=n: out.copy_(data[n]) for n in data}
+        sizes = [len(b) for _, b, _ in plan.run_chunks(lambda n, o: fill[n](o), device="cpu")]
+        assert sizes == [3, 3, 3] + [1] * 6, "a matrix larger than that is alone"
+        monkeypatch.undo()
+        whole = dict(plan.run(data.__getitem__))
+        monkeypatch.setattr(module, "_CPU_BYTES", 1)
+        for name, found in plan.run(data.__getitem__):
+            assert torch.allclose(found.reconstruct(), whole[name].reconstruct(), atol=1e-5)
+
+    def test_oversized_matrices_may_go_alone(self):
+        shapes = {"a": (40, 40), "b": (300, 400), "c": (40, 40), "d": (400, 300)}
+        plan = ops.plan_svd(shapes, rank=4, memory="1MB", oversized="alone")
+        assert [c.names for c in plan.chunks] == [("a", "c"), ("b",), ("d",)]
+        assert plan.chunks[0].bytes <= 1_000_000 < plan.chunks[1].bytes == plan.bytes
+        with pytest.raises(OptionError, match="oversized is 'skip'; wanted 'refuse' or 'alone'"):
+            ops.plan_svd(shapes, rank=4, oversized="skip")
 
 
 CASES = {
