@@ -81,8 +81,9 @@ class Reselection:
         overflow inside a window skips that round.
 
     Memory: no dense gradient. A candidate takes 8 bytes between the steps of a window (int32 index,
-    fp32 sum), 4 more during a step; nothing is kept outside of windows. A step of a window takes
-    the tile of `GradientScores`, a round 4 bytes for each entry of a mask (scope "global": of all).
+    fp32 sum), 4 more during a step, up to 32 while those of one tensor are named; nothing is kept
+    outside of windows. A step of a window takes the tile of `GradientScores`, a round 4 bytes for
+    each entry of one mask (scope "global": of all).
 
     Example:
         >>> import torch, sparseft
