@@ -32,8 +32,8 @@ LossFn = Callable[[nn.Module, Any], Tensor]
 # A multiple of what is kept; None: all entries; "auto": all up to `_EXACT`, and where a list would
 # take as much memory (up to 12 bytes an entry, against 4); else `_MULTIPLE`. On an encoder of 31
 # million parameters, 5 % kept, four batches of eight random rows, lists of 4 and 10 times what is
-# kept led to masks that shared 53 % and 75 % of their entries with the exact one. What is missing is
-# the first batch's noise, and to a smaller part tensors that would need more than their share.
+# kept led to masks that shared 53 % and 75 % of their entries with the exact one. What is missing
+# is the first batch's noise, and to a smaller part tensors that would need more than their share.
 Shortlist = float | Literal["auto"] | None
 _EXACT = 1 << 29
 _MULTIPLE = 10.0

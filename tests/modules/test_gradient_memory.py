@@ -32,13 +32,18 @@ class Memory:
 
 
 def peak(run):
-    """Return the highest memory inside ``run``; a busy machine's profiler may drop every event."""
-    for _ in range(5):
+    """Return the highest memory inside ``run``: the higher of two, as a busy machine's profiler
+    may lose events, up to all of them.
+    """
+    seen = []
+    for _ in range(6):
         with Memory() as memory:
             run()
         if memory.peak:
-            return memory.peak
-    raise AssertionError("the profiler saw no allocation in five runs")
+            seen.append(memory.peak)
+        if len(seen) == 2:
+            return max(seen)
+    raise AssertionError(f"the profiler saw allocations in {len(seen)} of six runs")
 
 
 def peak_of_a_batch(statistic, count, second):
