@@ -6,6 +6,7 @@ takes them in order.
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -90,6 +91,12 @@ def _take_first(rows: list[Any]) -> Any:
     return rows[0]
 
 
+@functools.cache
+def _lines(language: str, phrases: int) -> tuple[str, ...]:
+    """Return a language's raw text, made once: looking for held-out names in it takes longest."""
+    return tuple(raw_text(language, phrase_count=phrases))
+
+
 def language_batches(
     language: str, tokenizer: Any, recipe: LanguageRecipe, *, seed: int
 ) -> list[MaskedBatch]:
@@ -101,8 +108,8 @@ def language_batches(
         recipe: steps, batch size, mask rate.
         seed: order and masks.
     """
-    lines = raw_text(language, phrase_count=recipe.phrases)
-    ids = tokenizer(lines, truncation=True)["input_ids"]
+    lines = _lines(language, recipe.phrases)
+    ids = tokenizer(list(lines), truncation=True)["input_ids"]
     vocab_size = len(tokenizer)
     rng = np.random.default_rng((seed, 11))
     queue: list[int] = []
