@@ -13,16 +13,17 @@ HELP = "the embedded study: learn, compose and score adapters in 4 minutes, no n
 _DESCRIPTION = """\
 Trains sparse adapters on names of places, languages and currencies (Unicode CLDR, installed with
 Babel) with a tiny encoder that ships with sparseft, and scores them in languages that the encoder
-has never seen: the task adapter alone, task + language adapters, and full fine-tuning."""
+has never seen: the task adapter alone and task + language adapters, with plain and with denoised
+masks (LT-SFT, DeFT-X) from the same dense phases, and full fine-tuning."""
 
 _EPILOG = """\
 examples:
-  sparseft demo                      four languages, one seed: under 4 minutes on two CPU cores
+  sparseft demo                      four languages, one seed: about 4 minutes on two CPU cores
   sparseft demo --full               ten languages, three seeds, several densities
   sparseft demo --out my-demo        write there
 
 what comes out, in the output folder:
-  results.json, results.md, results.png    the table and the plot
+  results.json, results.md, results.png    the scores and the plot
   adapters/                                every adapter; see them with `sparseft inspect`
 Interrupted? The same command goes on where it stopped."""
 
