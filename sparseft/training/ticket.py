@@ -39,7 +39,8 @@ class LotteryTicketResult:
     Args:
         adapter: the trained diffs, relative to the base with the source adapters applied, and the
             full parameters.
-        masks: which entries were trained.
+        masks: which entries were chosen. Where a `Reselection` moves them in the sparse phase, the
+            adapter has the last ones.
         history: log of the phases behind it: the trainer's entries, each with ``"phase"`` added.
         state_dir: the run's folder.
         path: the adapter's file.
