@@ -243,7 +243,7 @@ def test_prints_the_table(done, demo, capsys):
         "Finnish",
         "Swahili",
         "mean of targets",
-        "full fine-tuning",
+        "fine-tuning",
         "Peak memory",
         "task + language over task:",
         "denoised task + language over task + language:",
@@ -288,7 +288,7 @@ def test_recipe_is_checked(tmp_path: Path):
     with pytest.raises(RecipeError, match="mask_ratio.*mask_rate"):
         DemoRecipe.load(bad)
     bad.write_text(text.replace("rule: energy", "rule: enrgy"))
-    with pytest.raises(RecipeError, match="did you mean 'energy'"):
+    with pytest.raises(RecipeError, match="Did you mean 'energy'"):
         DemoRecipe.load(bad)
     bad.write_text(text.replace("residual: 0.1", "residual: 1.1"))
     with pytest.raises(RecipeError, match="residual is 1.1"):
