@@ -30,11 +30,12 @@ from torch import nn
 
 from sparseft.adapter import Adapter
 from sparseft.errors import MaskError
+from sparseft.selection.counts import total_nnz
 from sparseft.training.mask_choice import MaskChoice
 from sparseft.training.parameters import Trainables, base_digest, saved_training_mode
 from sparseft.training.phase1 import DENSE, Phase1
 from sparseft.training.phases import MakeTrainer
-from sparseft.training.state import RunState, exclusive
+from sparseft.training.state import MASK_KEYS, RunState, exclusive
 from sparseft.training.ticket import LotteryTicketResult, TicketRun
 
 if TYPE_CHECKING:
@@ -137,7 +138,7 @@ def lottery_ticket(
         output_dir: folder of the run's state. The same call goes on from whatever it finds there.
         nnz: entries to train; or density, a fraction of the candidates' entries. A list of either
             gives a list of
-            results: phase 1 runs once, and the masks nest.
+            results: phase 1 runs once, and the masks nest where the scope is "global".
         iterations: repetitions of the two phases; 1 with a list.
         selector: name of a registered selector; ``scope`` and ``selector_options`` go to `select`.
             One that looks at no differences ("low_rank", "random", ...) runs no dense phase; one by
@@ -156,15 +157,17 @@ def lottery_ticket(
         adapter_name, base_name, metadata: name and provenance of the result; ``metadata`` is JSON.
         theta0: a safetensors file of the base, under the model's own names; what it holds bit for
             bit is read from there, not copied to ``output_dir``.
-        phase1: ``output_dir`` of another run, or of `dense_phase`: its dense phase is taken, its
-            heads' first values, too. Runs that share one differ in their masks only: each sparse
-            phase of a size sees the same batches.
+        phase1: ``output_dir`` of another run, or of `dense_phase` (or the file that returned): its
+            dense phase is taken, its heads' first values, too. Runs that share one differ in their
+            masks only: each sparse phase of a size sees the same batches.
 
     Returns:
         A `LotteryTicketResult`, or a list in the order of the list given.
 
     Raises:
-        MaskError: nothing to select from, or nnz outside 1 ... candidates.
+        MaskError: nothing to select from, nnz outside 1 ... candidates, or other than the number
+            that a selector keeps by itself ("n:m", "file": leave nnz and density out).
+        OptionError, UnknownNameError: a selector, or options of it, that `select` would refuse.
         ResumeError: the folder holds a run with other settings, or another process runs in it.
         NonFiniteLossError: NaN or infinite loss; the last good checkpoint stays.
         DataError: empty training data.
@@ -178,7 +181,7 @@ def lottery_ticket(
         (iterations, L1).
     """
     _refuse_ranks()
-    single = not isinstance(nnz, Sequence) and not isinstance(density, Sequence)
+    single = not (_several(nnz) or _several(density))
     if iterations < 1:
         raise ValueError(f"iterations must be at least 1, got {iterations}.")
     if iterations > 1 and not single:
@@ -194,7 +197,15 @@ def lottery_ticket(
             f"and a dense phase of its own each; got {choice.method!r}{with_phase1}."
         )
     parts = Trainables.of(model, include=include, exclude=exclude, full_params=full_params)
+    if nnz is None and density is None:
+        nnz = choice.fixed_nnz(model, list(parts.candidates))
     budgets = _budgets(nnz, density, parts.numel)
+    fixed = choice.fixed_nnz(model, list(parts.candidates))
+    if fixed is not None and budgets != [fixed]:
+        raise MaskError(
+            f"selector {choice.method!r} keeps {fixed:,} entries by itself; leave nnz and density "
+            f"out, which ask for {', '.join(f'{b:,}' for b in budgets)}."
+        )
     common = _Common(model, parts, l1, source_adapters, seed, theta0)
     if base_name is None:
         base_name = getattr(getattr(model, "config", None), "name_or_path", None) or None
@@ -211,6 +222,11 @@ def lottery_ticket(
         "metadata": dict(metadata or {}),
     }
     shared = None if phase1 is None else Phase1.of(phase1, settings)
+    if shared is not None and shared.folder.resolve() == Path(output_dir).resolve():
+        raise ValueError(
+            f"phase1 and output_dir are the same folder, {str(output_dir)!r}; give the run an "
+            "output_dir of its own beside the dense phase that it shares."
+        )
     with _opened(
         make_trainer, common, Path(output_dir), settings, resume=resume, iterations=iterations,
         choice=choice, phase1=shared,
@@ -345,7 +361,9 @@ def _opened(
         stack.enter_context(exclusive(folder))
         if not resume:
             _forget(folder)
-        state = RunState(folder / "state.json", settings)
+        # Until masks are chosen, how they are is open: a dense phase need not be run again for it.
+        chosen = any(folder.glob("iteration-*/masks-nnz-*"))
+        state = RunState(folder / "state.json", settings, free=() if chosen else MASK_KEYS)
         stack.enter_context(saved_training_mode(model))
         if common.sources:
             from sparseft.composition import Composer
@@ -374,26 +392,25 @@ def _opened(
         yield run
 
 
+def _several(value: object) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
+
+
 def _budgets(
     nnz: int | Sequence[int] | None, density: float | Sequence[float] | None, numel: int
 ) -> list[int]:
-    if (nnz is None) == (density is None):
-        raise MaskError(
-            "give either nnz or density, e.g. density=0.1 (of the candidates' entries)."
-        )
-    if density is not None:
-        wanted = density if isinstance(density, Sequence) else [density]
-        bad = [d for d in wanted if not 0 < d <= 1]
-        if bad:
-            raise MaskError(f"density must be in (0, 1], got {bad[0]!r}.")
-        counts = [max(1, round(d * numel)) for d in wanted]
-    else:
-        counts = [int(k) for k in (nnz if isinstance(nnz, Sequence) else [cast(int, nnz)])]
-    if not counts:
-        raise MaskError("the list of nnz or densities is empty.")
-    for k in counts:
-        if not 1 <= k <= numel:
-            raise MaskError(f"nnz={k:,} is outside 1 ... {numel:,}, the candidates' entries.")
+    """Return the sizes of the masks, each of at least one entry and all different."""
+    name, given = ("nnz", nnz) if density is None else ("density", density)
+    wanted = list(cast(Sequence[Any], given)) if _several(given) else [given]
+    if not wanted:
+        raise MaskError(f"the list of {name} is empty; wanted at least one.")
+    counts = []
+    for value in wanted:
+        asked = {"nnz": nnz, "density": density} | {name: value}
+        count = total_nnz(**asked, candidates=numel, of=numel, of_what="candidate entries")
+        if count == 0:
+            raise MaskError(f"{name}={value!r} keeps no entry; there is nothing to train.")
+        counts.append(count)
     if len(set(counts)) != len(counts):
         raise MaskError(f"two of the budgets are the same number of entries: {counts}.")
     return counts

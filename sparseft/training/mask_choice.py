@@ -5,17 +5,21 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 from torch import Tensor, nn
 
-from sparseft.errors import OptionError
-from sparseft.selection import Masks, options_of, select
-
-if TYPE_CHECKING:
-    from sparseft.denoise import Denoise
+from sparseft._text import did_you_mean
+from sparseft.denoise import Denoise
+from sparseft.errors import MaskError, OptionError
+from sparseft.selection import Masks, options_of, select, selectors
+from sparseft.selection.registry import check_options
+from sparseft.selection.scopes import Scope
 
 __all__ = ["Batches", "MaskChoice"]
+
+# Options that a run fills in.
+_FILLED = ("base", "batches", "loss_fn", "seed", "nnz", "scope")
 
 
 class Batches(NamedTuple):
@@ -46,16 +50,60 @@ class MaskChoice:
         """Return the choice that the arguments of `lottery_ticket` speak of.
 
         Raises:
-            OptionError: ``denoise`` beside a selector that is not the one it stands for.
+            OptionError: ``denoise`` that is no `Denoise`, or beside another selector than it
+                stands for; an option that the selector needs is missing.
+            UnknownNameError: no such selector or option; the message has the nearest names.
+            MaskError: no such scope.
         """
+        if denoise is not None and not isinstance(denoise, Denoise):
+            got = denoise.__name__ if isinstance(denoise, type) else repr(denoise)
+            raise OptionError(
+                f"denoise is {got}, wanted a sparseft.Denoise with its rule, e.g. "
+                "denoise=sparseft.Denoise(rank=64)."
+            )
         if denoise is None:
-            return cls(selector, scope, dict(options or {}))
+            choice = cls(selector, scope, dict(options or {}))
+            choice._check()
+            return choice
         if selector not in ("magnitude", "deltas_svd"):
             raise OptionError(
                 f"denoise={denoise} is for selector 'deltas_svd' (or 'magnitude', which it "
                 f"refines), got {selector!r}. Give one of the two."
             )
-        return cls("deltas_svd", scope, {**dataclasses.asdict(denoise), **(options or {})})
+        refined = dataclasses.asdict(denoise)
+        both = sorted(set(refined) & set(options or {}))
+        if both:
+            raise OptionError(
+                f"selector_options gives {', '.join(map(repr, both))}, which denoise gives too; "
+                "keep one of the two."
+            )
+        choice = cls("deltas_svd", scope, {**refined, **(options or {})})
+        choice._check()
+        return choice
+
+    def _check(self) -> None:
+        """Refuse before anything is trained what `select` would refuse after."""
+        if self.scope not in get_args(Scope):
+            raise MaskError(
+                f"scope={self.scope!r} is not one of {', '.join(map(repr, get_args(Scope)))}."
+                f"{did_you_mean(self.scope, get_args(Scope))}"
+            )
+        known = options_of(self.method, self.options)
+        filled = [o for o in _FILLED if o in known and o not in self.options]
+        check_options(self.method, {**self.options, **dict.fromkeys(filled)})
+        if self.method == "deltas_svd":
+            names = {f.name for f in dataclasses.fields(Denoise)}
+            Denoise(**{k: v for k, v in self.options.items() if k in names})
+
+    def fixed_nnz(self, model: nn.Module, include: Sequence[str]) -> int | None:
+        """Return how many entries a method keeps whose masks say so themselves, else None."""
+        entry = selectors()[self.method]
+        if entry.traits["kind"] != "patterns":
+            return None
+        options = {k: v for k, v in self.options.items() if k in entry.options}
+        if "score" in entry.options:  # which entries is another matter
+            options["score"] = "random"
+        return select(model, self.method, include=list(include), **options).nnz
 
     def takes(self, option: str) -> bool:
         """Whether the selector, or the scoring method it builds on, has an option of this name."""

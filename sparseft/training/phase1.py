@@ -49,12 +49,18 @@ class Phase1:
     def of(cls, folder: str | Path, settings: Mapping[str, Any]) -> Phase1:
         """Open a finished phase, checking that it is the one a run with ``settings`` would make.
 
+        Args:
+            folder: of the run, or the file that `dense_phase` returned.
+            settings: of the run that wants to share it.
+
         Raises:
             FileNotFoundError: no run there.
             ResumeError: its dense phase has not finished, or was run with other settings; each
                 differing key is named.
         """
         folder = Path(folder)
+        if folder.name == Path(f"{DENSE}.safetensors").name:  # what `dense_phase` returns
+            folder = folder.parent.parent
         path = folder / "state.json"
         if not path.is_file():
             raise FileNotFoundError(

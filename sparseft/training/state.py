@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from sparseft.errors import ResumeError
 from sparseft.io.atomic import atomic_write, atomic_write_json
 
 __all__ = [
+    "MASK_KEYS",
     "START_OVER",
     "RunState",
     "TensorFile",
@@ -29,6 +30,8 @@ __all__ = [
 ]
 
 _FORMAT = 1
+# Settings that only decide which entries are chosen.
+MASK_KEYS = ("nnz", "selector", "scope", "selector_options")
 # How a caller from Python starts over. The commands, which have no such argument, replace it.
 START_OVER = "pass resume=False to start over"
 
@@ -91,19 +94,27 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def _first_key(line: str) -> str:
+    """Return the top key of a line of `differences`."""
+    return line.partition(":")[0].partition(".")[0]
+
+
 class RunState:
     """The state file of a run.
 
     Args:
         path: where it lies.
         settings: what decides the result; a state with others is refused.
+        free: names of settings that may still change.
 
     Raises:
         ResumeError: the file was written with other settings (each differing key is named), by
             another version of the format, or is not readable.
     """
 
-    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
+    def __init__(
+        self, path: Path, settings: Mapping[str, Any], *, free: Collection[str] = ()
+    ) -> None:
         self.path = path
         self.settings = flatten(settings)
         self.phases: dict[str, dict[str, Any]] = {}
@@ -124,12 +135,18 @@ class RunState:
                 "Use another output_dir."
             )
         changed = differences(found, self.settings)
-        if changed:
+        bound = [line for line in changed if _first_key(line) not in free]
+        if bound:
+            share = ""
+            if all(_first_key(line) in MASK_KEYS for line in bound):
+                share = f" (with phase1={str(path.parent)!r}, its dense phase is not run again)"
             raise ResumeError(
                 f"{path.parent} holds a run with other settings, which these cannot go on with:\n  "
-                + "\n  ".join(changed)
-                + f"\nRestore them, use another output_dir, or {START_OVER}."
+                + "\n  ".join(bound)
+                + f"\nRestore them, use another output_dir{share}, or {START_OVER}."
             )
+        if changed:
+            self.write()
 
     def write(self) -> None:
         """Replace the file."""

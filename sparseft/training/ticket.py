@@ -45,7 +45,7 @@ class LotteryTicketResult:
         state_dir: the run's folder.
         path: the adapter's file.
         dense_path: safetensors file with the result of the last dense phase (full fine-tuning);
-            None where the selection needed none.
+            None where the selection needed none and none was shared.
     """
 
     adapter: Adapter
@@ -167,7 +167,9 @@ class TicketRun:
                 previous,
                 lambda adapter: finish(adapter, budget).save(adapter_path),
             )
-        before = self.phase1.history if self.phase1 is not None else self._history(dense_key)
+        before = self._history(dense_key)
+        if self.phase1 is not None and self.choice.needs_dense:
+            before = self.phase1.history
         history = [{"phase": dense_key, **entry} for entry in before]
         history += [{"phase": sparse_key, **entry} for entry in self._history(sparse_key)]
         return LotteryTicketResult(

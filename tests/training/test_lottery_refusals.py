@@ -14,12 +14,17 @@ def test_bad_input_is_named(run, tiny, make, tmp_path):
     model = tiny.tiny_classifier()
     with pytest.raises(DataError, match="empty"):
         run(make(dataset=[]), model, tmp_path / "e")
-    with pytest.raises(MaskError, match="either nnz or density"):
+    with pytest.raises(MaskError, match="one of the two; got both"):
         run(make(), model, tmp_path, density=0.1)
-    with pytest.raises(MaskError, match=r"nnz=100,000,000 is outside 1 \.\.\. "):
+    with pytest.raises(MaskError, match=r"nnz=100,000,000 entries were asked for but"):
         run(make(), model, tmp_path, nnz=100_000_000)
-    with pytest.raises(MaskError, match=r"density must be in \(0, 1\], got 1\.5"):
+    with pytest.raises(MaskError, match=r"density is 1\.5, wanted a fraction in \(0, 1\]"):
         run(make(), model, tmp_path, nnz=None, density=1.5)
+    for nnz in (True, "50", 50.7, 0):
+        with pytest.raises(MaskError, match="nnz"):
+            run(make(), model, tmp_path, nnz=nnz)
+    with pytest.raises(MaskError, match="density is '0.1'"):
+        run(make(), model, tmp_path, nnz=None, density="0.1")
     with pytest.raises(UnknownNameError, match=r"'\*LayrNorm\*'"):
         run(make(), model, tmp_path, exclude=("*LayrNorm*",))
     with pytest.raises(MaskError, match="no parameter is left"):

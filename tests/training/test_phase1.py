@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sparseft import Denoise, select
-from sparseft.errors import OptionError, ResumeError, UnknownNameError
+from sparseft.errors import MaskError, OptionError, ResumeError, UnknownNameError
 from sparseft.training import LoopTrainer, dense_phase
 from sparseft.training.state import TensorFile
 
@@ -54,7 +54,7 @@ def test_a_shared_dense_phase_gives_what_a_run_of_its_own_gives(
     alone = run(make_noted(), model, tmp_path / "alone")
     file = dense_phase(make_noted(), model, output_dir=tmp_path / "phase1", **HEAD)
     phases.clear()
-    shared = run(make_noted(), model, tmp_path / "shared", phase1=tmp_path / "phase1")
+    shared = run(make_noted(), model, tmp_path / "shared", phase1=file)
     assert phases == ["sparse"]
     assert values(shared.adapter) == values(alone.adapter)
     assert shared.dense_path == file
@@ -81,6 +81,9 @@ def test_what_cannot_be_shared_is_refused(run, tiny, make, tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no run"):
         run(make(), model, tmp_path / "a", phase1=tmp_path / "nothing")
     dense_phase(make(steps=1), model, output_dir=tmp_path / "phase1", seed=1, **HEAD)
+    with pytest.raises(ValueError, match="the same folder"):
+        run(make(), model, tmp_path / "phase1", seed=1, phase1=tmp_path / "phase1", resume=False)
+    assert (tmp_path / "phase1/iteration-0/dense.safetensors").is_file()
     with pytest.raises(ResumeError, match=r"other settings(.|\n)*seed: was 1, now 0"):
         run(make(), model, tmp_path / "b", phase1=tmp_path / "phase1")
     with pytest.raises(ResumeError, match="l1 of phase 1: was 0.0, now 0.5"):
@@ -88,6 +91,54 @@ def test_what_cannot_be_shared_is_refused(run, tiny, make, tmp_path):
     run(make(steps=1), model, tmp_path / "d", phase1=tmp_path / "phase1", seed=1, l1=(0.0, 0.5))
     with pytest.raises(ValueError, match="dense phase of its own each; got 'magnitude' with"):
         run(make(), model, tmp_path / "e", phase1=tmp_path / "phase1", iterations=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"scope": "globl"}, MaskError, "'globl'.*'global'"),
+        ({"selector": "deltas_svd", "selector_options": {"rnk": 4}}, UnknownNameError, "'rank'"),
+        ({"selector": "deltas_svd"}, OptionError, "exactly one"),
+        ({"selector": "fishr"}, UnknownNameError, "'fisher'"),
+        ({"selector": "file"}, OptionError, "needs path"),
+        ({"denoise": {"rank": 4}}, OptionError, "wanted a sparseft.Denoise"),
+        ({"denoise": Denoise}, OptionError, "wanted a sparseft.Denoise"),
+        (
+            {"denoise": Denoise(rank=4), "selector_options": {"energy": 0.9}},
+            OptionError,
+            "'energy', which denoise gives too",
+        ),
+        ({"selector": "n:m"}, MaskError, "keeps [0-9,]+ entries by itself"),
+    ],
+)
+def test_wrong_ways_to_choose_are_refused_before_anything_trains(
+    run, tiny, make_noted, phases, tmp_path, options, error, message
+):
+    with pytest.raises(error, match=message):
+        run(make_noted(), tiny.tiny_classifier(), tmp_path, **options)
+    assert not phases
+
+
+def test_until_masks_are_chosen_the_way_to_choose_may_change(
+    run, tiny, make_noted, phases, tmp_path
+):
+    model = tiny.tiny_classifier()
+    wrong = {"selector": "tiles", "selector_options": {"fraction": 7}}
+    with pytest.raises(OptionError, match="fraction is 7"):
+        run(make_noted(), model, tmp_path, **wrong)
+    assert phases == ["dense"]
+    right = {"selector": "tiles", "selector_options": {"fraction": 0.5}}
+    result = run(make_noted(), model, tmp_path, **right)
+    assert phases == ["dense", "sparse"]
+    assert result.nnz == 500
+    with pytest.raises(ResumeError, match=r"nnz: was(.|\n)*with phase1="):
+        run(make_noted(), model, tmp_path, nnz=400, **right)
+
+
+def test_a_structure_says_its_own_number(run, tiny, make, tmp_path):
+    options = {"selector": "n:m", "selector_options": {"n": 1, "m": 8}, "nnz": None}
+    result = run(make(steps=1), tiny.tiny_classifier(), tmp_path, **options)
+    assert result.nnz == result.adapter.nnz > 500
 
 
 def test_denoise_is_the_selector_of_denoised_differences(run, tiny, make, tmp_path):
