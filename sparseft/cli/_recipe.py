@@ -35,6 +35,9 @@ _SHORT = {
 }
 
 
+_MASK_SIZES = ("density", "nnz", "task.density", "task.nnz", "language.density", "language.nnz")
+
+
 def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     """Add RECIPE, KEY=VALUE, --only and --list."""
     parser.add_argument("recipe", metavar="RECIPE", help="YAML file, or a recipe that ships")
@@ -50,7 +53,7 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="UNIT",
-        help="run only these units (globs; may be repeated), e.g. task-seed0 or 'language-*'",
+        help="run (or list) only these units (globs; may be repeated); --list names them",
     )
     parser.add_argument(
         "--list", action="store_true", dest="list_units", help="list the units and stop"
@@ -74,11 +77,18 @@ def expand_overrides(overrides: list[str], recipe: dict[str, Any]) -> list[str]:
     return out
 
 
-def read_recipe(source: str, overrides: list[str]) -> Recipe:
-    """Return the recipe of a command line."""
+def read_recipe(source: str, overrides: list[str], *, sweep: bool = False) -> Recipe:
+    """Return the recipe of a command line; ``sweep``: density and nnz are those of the sweep."""
     from sparseft.training.recipe import load_recipe, read_recipe_file
 
     data = read_recipe_file(source)
+    if sweep:
+        for override in overrides:
+            if override.partition("=")[0] in _MASK_SIZES:
+                raise RecipeError(
+                    f"{override!r}: the sizes of a sweep's masks are sweep.densities, e.g. "
+                    "'sweep.densities=[0.01, 0.1]'."
+                )
     return load_recipe(data, expand_overrides(overrides, data))
 
 
@@ -99,7 +109,8 @@ def starting_over_by_hand() -> Iterator[None]:
     try:
         yield
     except ResumeError as error:
-        if START_OVER not in str(error):  # another process is in the folder, say
+        changed = START_OVER in str(error) or "a finished unit with" in str(error)
+        if not changed:  # another process is in the folder, say
             raise
         by_hand = "delete that folder to start over"
         raise RecipeError(str(error).replace(START_OVER, by_hand)) from error
@@ -110,10 +121,12 @@ def run_recipe(
 ) -> int:
     """Run what is missing of a recipe's units by ``run``, or list them."""
     from sparseft.cli._output import quiet_transformers
+    from sparseft.training.study import choose_units
 
-    check_inputs(recipe, units)
+    with starting_over_by_hand():
+        check_inputs(recipe, units)
     if args.list_units:
-        for unit in units:
+        for unit in choose_units(units, args.only):
             print(f"{'done   ' if unit.done() else 'to do  '} {unit.name}")
         return 0
     quiet_transformers()
@@ -153,7 +166,7 @@ def _report(recipe: Recipe, result: StudyResult) -> None:
     for name in result.missing:
         print(f"still to do: {name}")
     if result.results is None:
-        print(f"adapters in {result.output_dir}")
+        print(f"adapters in {result.output_dir.expanduser()}")
         return
     metric = recipe.evaluation.metric
     summary = result.results.summary(metric)

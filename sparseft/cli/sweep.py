@@ -54,5 +54,5 @@ def run(args: argparse.Namespace) -> int:
     """Run what is missing of the sweep."""
     from sparseft.training.sweep import run_sweep, sweep_units
 
-    recipe = read_recipe(args.recipe, args.overrides)
+    recipe = read_recipe(args.recipe, args.overrides, sweep=True)
     return run_recipe(args, recipe, sweep_units(recipe), run_sweep)

@@ -11,10 +11,17 @@ import torch
 
 from sparseft._text import did_you_mean
 from sparseft.errors import DataError
-from sparseft.evaluation.markdown import cell_text
-from sparseft.evaluation.report import Results
+from sparseft.evaluation.markdown import cell_text, escape
+from sparseft.evaluation.report import Cell, Results, SettingSummary
 
-__all__ = ["Comparison", "compare", "comparison_markdown", "sign_flip_p", "student_p"]
+__all__ = [
+    "Comparison",
+    "compare",
+    "comparison_markdown",
+    "mean_cell",
+    "sign_flip_p",
+    "student_p",
+]
 
 # Pairs up to which every assignment of signs is looked at: 2**16 sums.
 _EXACT = 16
@@ -32,7 +39,8 @@ class Comparison:
         pairs: number of (language, seed) pairs; ``won`` of them favour the method, ties half.
         p_pairs: two-sided sign-flip test over the pairs. Pairs of one seed share a training run,
             so it speaks of these runs, not of new seeds.
-        p_seeds: two-sided paired t-test over the seeds' means; None for one seed.
+        p_seeds: two-sided paired t-test over the seeds' means; None for one seed, and for means
+            that are all the same.
     """
 
     setting: str
@@ -64,22 +72,24 @@ def compare(results: Results, baseline: str, metric: str | None = None) -> list[
         if row.metric == metric and (row.language in targets or not targets):
             scores.setdefault((row.setting, row.density), {})[row.seed, row.language] = row.value
     names = list(dict.fromkeys(setting for setting, _ in scores))
-    if baseline not in names:
+    if not any(baseline == name.partition(" + ")[0] for name in names):
         raise DataError(
             f"no setting {baseline!r} in the results.{did_you_mean(baseline, names)} "
             f"There is {', '.join(names)}."
         )
     out = []
     for (setting, density), found in scores.items():
-        if setting == baseline:
+        _, plus, rest = setting.partition(" + ")
+        like = baseline + plus + rest  # composed settings with the baseline's own composition
+        if setting == like:
             continue
-        against = [density] if density is not None else [d for s, d in scores if s == baseline]
+        against = [density] if density is not None else [d for s, d in scores if s == like]
         for other in against:
-            base = scores.get((baseline, other), {})
+            base = scores.get((like, other), {})
             shared = sorted(set(found) & set(base))
             if shared:
                 differences = {key: found[key] - base[key] for key in shared}
-                out.append(_comparison(setting, baseline, other, differences))
+                out.append(_comparison(setting, like, other, differences))
     return out
 
 
@@ -127,12 +137,14 @@ def sign_flip_p(differences: Sequence[float]) -> float:
         signs = 1.0 - 2.0 * torch.randint(2, (_DRAWS, n), generator=generator).double()
         signs[0] = 1.0
     sums = (signs @ values).abs()
-    least = abs(float(values.sum())) * (1 - 1e-12)
+    # Sums that differ by rounding only are ties.
+    least = abs(float(values.sum())) - 1e-12 * float(values.abs().sum())
     return float((sums >= least).double().mean())
 
 
-def student_p(differences: Sequence[float]) -> float:
-    """Return the two-sided p-value of a t-test that the mean of differences is 0.
+def student_p(differences: Sequence[float]) -> float | None:
+    """Return the two-sided p-value of a t-test that the mean of differences is 0; None where they
+    do not differ from each other beyond rounding, as a t-test then says nothing.
 
     Degrees of freedom are whole, so the distribution is a finite sum: Abramowitz and Stegun,
     Handbook of Mathematical Functions, 26.7.3 and 26.7.4.
@@ -143,8 +155,8 @@ def student_p(differences: Sequence[float]) -> float:
     """
     n = len(differences)
     mean, sd = statistics.fmean(differences), statistics.stdev(differences)
-    if sd == 0:
-        return 1.0 if mean == 0 else 0.0
+    if sd <= 1e-12 * max(map(abs, differences)):
+        return None
     df = n - 1
     theta = math.atan(abs(mean) / (sd / math.sqrt(n)) / math.sqrt(df))
     c, s = math.cos(theta), math.sin(theta)
@@ -169,23 +181,32 @@ def comparison_markdown(results: Results, baseline: str, metric: str | None = No
     metric = metric or results.metrics[0]
     summaries = results.summary(metric)
     densities = sorted({s.density for s in summaries if s.density is not None})
-    names = list(dict.fromkeys(s.setting for s in summaries))
-    cells = {(s.setting, s.density): s.mean for s in summaries}
+    columns: list[float | None] = [*densities]
+    if any(s.density is None for s in summaries):
+        columns.append(None)
+    heads = ["all weights" if d is None else f"{100 * d:g} %" for d in columns]
+    targets = [c for c in results.languages() if c != results.source_language]
+    over = "the languages other than the source" if targets else "the source language"
+    labels: dict[str, str] = {}
+    for s in summaries:
+        own = [code for code in s.languages if code in targets]
+        few = f" ({', '.join(own)})" if own and own != targets else ""
+        labels[s.setting] = escape(s.setting) + few
+    cells = {(s.setting, s.density): mean_cell(s) for s in summaries}
     out = [
-        f"{metric} x 100, mean over the languages other than the source; ± standard deviation over "
-        "seeds.",
+        f"{metric} x 100, mean over {over}; ± standard deviation over seeds.",
         "",
-        "| method | " + " | ".join(f"{100 * d:g} %" for d in densities) + " | all weights |",
-        "|---|" + "---:|" * (len(densities) + 1),
+        "| method | " + " | ".join(heads) + " |",
+        "|---|" + "---:|" * len(columns),
     ]
-    for name in names:
-        row = [cell_text(cells.get((name, d))) for d in (*densities, None)]
-        out.append(f"| {name} | " + " | ".join(row) + " |")
+    for name, label in labels.items():
+        row = [cell_text(cells.get((name, d))) for d in columns]
+        out.append(f"| {label} | " + " | ".join(row) + " |")
     out += [
         "",
-        f"Against {baseline} at the same density, paired by language and seed. p (pairs): "
-        "sign-flip test over all pairs, which share a training run by seed; p (seeds): t-test over "
-        "the seeds' means.",
+        f"Against {escape(baseline)} at the same density (composed with composed), paired by "
+        "language and seed. p (pairs): sign-flip test over all pairs, which share a training run "
+        "by seed; p (seeds): t-test over the seeds' means.",
         "",
         "| method | density | difference | sd of pairs | pairs won | p (pairs) | p (seeds) |",
         "|---|---:|---:|---:|---:|---:|---:|",
@@ -195,7 +216,14 @@ def comparison_markdown(results: Results, baseline: str, metric: str | None = No
         sd = "-" if c.sd is None else f"{100 * c.sd:.1f}"
         p_seeds = "-" if c.p_seeds is None else f"{c.p_seeds:.3f}"
         out.append(
-            f"| {c.setting} | {density} | {100 * c.mean:+.1f} | {sd} | {c.won:g} of {c.pairs} | "
-            f"{c.p_pairs:.3f} | {p_seeds} |"
+            f"| {escape(c.setting)} | {density} | {100 * c.mean:+.1f} | {sd} | {c.won:g} of "
+            f"{c.pairs} | {c.p_pairs:.3f} | {p_seeds} |"
         )
     return "\n".join(out) + "\n"
+
+
+def mean_cell(summary: SettingSummary) -> Cell | None:
+    """Return a setting's mean over the target languages; with only the source scored, its own."""
+    if summary.mean is None and summary.source in summary.languages:
+        return summary.languages[summary.source]
+    return summary.mean

@@ -6,6 +6,7 @@ import io
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sparseft.evaluation.comparison import mean_cell
 from sparseft.evaluation.plot import COLOURS, MARKERS
 from sparseft.io.atomic import atomic_write
 
@@ -16,7 +17,8 @@ __all__ = ["plot_densities"]
 
 
 def plot_densities(results: Results, path: str | Path, metric: str) -> None:
-    """Write a PNG: mean over the target languages by density, bars for the deviation over seeds.
+    """Write a PNG: mean over the target languages (with none, the source's score) by density, bars
+    for the deviation over seeds.
 
     Settings without a density (full fine-tuning) are dashed lines. Drawn with the Agg canvas
     directly, so neither the display nor pyplot's global state is touched.
@@ -24,22 +26,25 @@ def plot_densities(results: Results, path: str | Path, metric: str) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    summaries = [s for s in results.summary(metric) if s.mean is not None]
-    densities = sorted({s.density for s in summaries if s.density is not None})
-    names = list(dict.fromkeys(s.setting for s in summaries))
+    summaries = [(s, cell) for s in results.summary(metric) if (cell := mean_cell(s)) is not None]
+    densities = sorted({s.density for s, _ in summaries if s.density is not None})
+    names = list(dict.fromkeys(s.setting for s, _ in summaries))
     figure = Figure(figsize=(6.4, 4.6), layout="constrained", dpi=150)
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
+    steps = [b / a for a, b in zip(densities, densities[1:], strict=False)]
+    spread = min([1.15, *(step**0.25 for step in steps)])
     for i, name in enumerate(names):
         colour = COLOURS[i % len(COLOURS)]
+        label = name.replace("$", r"\$")  # else mathematics
         points = [
-            (s.density, s.mean)
-            for s in summaries
-            if s.setting == name and s.density is not None and s.mean is not None
+            (s.density, cell)
+            for s, cell in summaries
+            if s.setting == name and s.density is not None
         ]
-        whole = [s.mean for s in summaries if s.setting == name and s.density is None]
+        whole = [cell for s, cell in summaries if s.setting == name and s.density is None]
         # Side by side, or the bars of methods that agree would hide each other.
-        shift = 1.02 ** (i - (len(names) - 1) / 2)
+        shift = spread ** (i / max(1, len(names) - 1) - 0.5)
         if points:
             points.sort(key=lambda point: point[0])
             axes.errorbar(
@@ -51,24 +56,25 @@ def plot_densities(results: Results, path: str | Path, metric: str) -> None:
                 markersize=6,
                 capsize=3,
                 linewidth=1.2,
-                label=name,
+                linestyle=("-", ":", "-.")[i // len(COLOURS) % 3],
+                label=label,
             )
         for cell in whole:
-            if cell is not None:
-                axes.axhline(
-                    100 * cell.mean, color=colour, linestyle="--", linewidth=1.2, label=name
-                )
+            axes.axhline(100 * cell.mean, color=colour, linestyle="--", linewidth=1.2, label=label)
     axes.set_xscale("log")
     axes.set_xticks([100 * d for d in densities], [f"{100 * d:g} %" for d in densities])
     axes.minorticks_off()
     axes.set_xlabel("density of the mask")
-    axes.set_ylabel(f"{metric.replace('_', '-')} x 100, mean of target languages")
+    axes.set_ylabel(f"{metric.replace('_', '-')} x 100")
     axes.set_title(results.title, fontsize=11)
     axes.grid(color="0.9")
     axes.set_axisbelow(True)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=min(4, len(names)), frameon=False, fontsize=9)
+    columns = max(1, min(4, 64 // (6 + max(map(len, names), default=1))))
+    figure.legend(
+        loc="outside lower center", ncols=min(columns, len(names)), frameon=False, fontsize=9
+    )
     buffer = io.BytesIO()
     # matplotlib writes its version into the file otherwise; the same results give the same bytes.
     figure.savefig(buffer, format="png", metadata={"Software": None})

@@ -10,7 +10,7 @@ from sparseft.data.languages import builtin_languages
 if TYPE_CHECKING:
     from sparseft.evaluation.report import Cell, Gain, Results
 
-__all__ = ["MAX_COLUMNS", "cell_text", "gain_text", "results_markdown", "summary_table"]
+__all__ = ["MAX_COLUMNS", "cell_text", "escape", "gain_text", "results_markdown", "summary_table"]
 
 MAX_COLUMNS = 6  # languages across; a cell takes 14 characters
 
@@ -57,7 +57,8 @@ def summary_table(results: Results, metric: str | None = None) -> tuple[list[str
     return ["language", *turned[0][1:]], turned[1:]
 
 
-def _escape(text: str) -> str:
+def escape(text: str) -> str:
+    """Return text as a cell of a table shows it."""
     return text.replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ")
 
 
@@ -67,9 +68,9 @@ def results_markdown(results: Results, metrics: Sequence[str]) -> str:
     for metric in metrics:
         header, rows = summary_table(results, metric)
         out += [f"{metric} x 100; mean ± standard deviation over seeds.", ""]
-        out.append("| " + " | ".join(map(_escape, header)) + " |")
+        out.append("| " + " | ".join(map(escape, header)) + " |")
         out.append("|---|" + "---:|" * (len(header) - 1))
-        out += ["| " + " | ".join(map(_escape, row)) + " |" for row in rows]
+        out += ["| " + " | ".join(map(escape, row)) + " |" for row in rows]
         out.append("")
         for density, gain in results.composed_gains(metric):
             at = "" if density is None else f" at density {density:.4g}"

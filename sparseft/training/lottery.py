@@ -29,7 +29,7 @@ import torch
 from torch import nn
 
 from sparseft.adapter import Adapter
-from sparseft.errors import MaskError
+from sparseft.errors import MaskError, ResumeError
 from sparseft.selection.counts import total_nnz
 from sparseft.training.mask_choice import MaskChoice
 from sparseft.training.parameters import Trainables, base_digest, saved_training_mode
@@ -269,6 +269,7 @@ def dense_phase(
     source_adapters: Sequence[SourceAdapter] = (),
     seed: int = 0,
     resume: bool = True,
+    metadata: Mapping[str, Any] | None = None,
     theta0: str | Path | None = None,
 ) -> Path:
     """Run phase 1 alone: full fine-tuning, for `lottery_ticket` s that share it by ``phase1=``.
@@ -278,6 +279,7 @@ def dense_phase(
             as in `lottery_ticket`.
         output_dir: folder of the run; the same call goes on from whatever it finds there.
         l1: strength of the penalty on the difference.
+        metadata: JSON; runs whose own has another ``"data"`` are refused the phase.
 
     Returns:
         The safetensors file with the result.
@@ -288,11 +290,17 @@ def dense_phase(
     _refuse_ranks()
     parts = Trainables.of(model, include=include, exclude=exclude, full_params=full_params)
     common = _Common(model, parts, l1, source_adapters, seed, theta0)
-    settings = {"phase": "dense", **common.settings}
+    settings = {"phase": "dense", **common.settings, "metadata": dict(metadata or {})}
+    result = Path(output_dir) / f"{DENSE}.safetensors"
     with _opened(make_trainer, common, Path(output_dir), settings, resume=resume) as run:
         if not run.state.done(DENSE):
             run.dense_phase(0, None)
-    return Path(output_dir) / f"{DENSE}.safetensors"
+    if not result.is_file():
+        raise ResumeError(
+            f"{result} is gone but the run had finished; put it back, or delete {output_dir} to "
+            "train it anew."
+        )
+    return result
 
 
 def _refuse_ranks() -> None:

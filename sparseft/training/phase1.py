@@ -24,7 +24,7 @@ __all__ = ["DENSE", "THETA0", "Phase1"]
 THETA0 = "theta0.safetensors"
 DENSE = "iteration-0/dense"
 
-# What a dense phase depends on, of the settings of a run.
+# What a dense phase depends on, of the settings of a run; and metadata.data, where both have it.
 _SHARED = ("candidates", "full_params", "source_adapters", "seed", "base")
 
 
@@ -74,7 +74,10 @@ class Phase1:
                 f"the dense phase in {folder} has not finished; run it to its end first."
             )
         wanted = _settings_of_phase1(flatten(settings))
-        changed = differences(_settings_of_phase1(content["settings"]), wanted)
+        made = _settings_of_phase1(content["settings"])
+        if not any(key.startswith("metadata.data") for key in made):
+            wanted = {k: v for k, v in wanted.items() if not k.startswith("metadata.data")}
+        changed = differences(made, wanted)
         if changed:
             raise ResumeError(
                 f"the dense phase in {folder} was run with other settings:\n  "
@@ -86,5 +89,6 @@ class Phase1:
 
 def _settings_of_phase1(settings: Mapping[str, Any]) -> dict[str, Any]:
     shared = {k: v for k, v in settings.items() if k.partition(".")[0] in _SHARED}
+    shared |= {k: v for k, v in settings.items() if k.startswith("metadata.data")}
     l1 = settings.get("l1")
     return {**shared, "l1 of phase 1": l1[0] if isinstance(l1, list) else l1}

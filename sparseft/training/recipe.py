@@ -21,10 +21,12 @@ from sparseft.errors import RecipeError
 from sparseft.training.sections import (
     EvaluationSection,
     LanguageSection,
+    MethodSection,
     ModelSection,
     Section,
     SweepSection,
     TaskSection,
+    TrainSection,
 )
 
 __all__ = ["Recipe", "load_recipe", "packaged_recipes", "read_recipe_file"]
@@ -83,6 +85,13 @@ class Recipe(Section):
         """Return a path of the recipe, relative ones from ``data_dir``."""
         given = Path(text).expanduser()
         return given if given.is_absolute() else Path(self.data_dir).expanduser() / given
+
+    def options_of(self, section: TrainSection | MethodSection) -> dict[str, Any]:
+        """Return the selector's options of a section, a file's path as the recipe means it."""
+        options = dict(section.selector_options)
+        if isinstance(options.get("path"), str):
+            options["path"] = str(self.path(options["path"]))
+        return options
 
     def check_data_dir(self) -> None:
         """Check that ``data_dir`` is there, before what is not found below it is taken for a name.
@@ -244,7 +253,13 @@ def _build(cls: type, data: Any, prefix: str) -> Any:
         key: _convert(hints[key], value, f"{prefix}.{key}" if prefix else str(key))
         for key, value in data.items()
     }
-    return cls(**values)
+    try:
+        return cls(**values)
+    except RecipeError as bad:
+        where = getattr(cls, "where", "")
+        if where and prefix != where:  # one of several sections of a kind
+            raise RecipeError(str(bad).replace(where, prefix, 1)) from None
+        raise
 
 
 def _convert(kind: Any, value: Any, key: str) -> Any:

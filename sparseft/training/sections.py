@@ -6,6 +6,7 @@ Not here: reading them from YAML (`sparseft.training.recipe`), doing anything wi
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +15,9 @@ from typing import Any, ClassVar
 from sparseft._text import did_you_mean
 from sparseft.denoise import Denoise
 from sparseft.errors import RecipeError, SparseFtError
-from sparseft.selection import options_of, selectors
+from sparseft.evaluation import METRICS
+from sparseft.selection import selectors
+from sparseft.training.mask_choice import MaskChoice
 from sparseft.training.schedule import SCHEDULES
 
 __all__ = [
@@ -245,6 +248,7 @@ class EvaluationSection(Section):
     def __post_init__(self) -> None:
         for name in self.settings:
             _choice("evaluation.settings", name, SETTINGS)
+        _choice("evaluation.metric", self.metric, METRICS)
         _choice("evaluation.split", self.split, ("test", "valid", "train"))
         self._need("batch_size", self.batch_size >= 1, "at least 1")
         self._need("max_length", self.max_length >= 4, "at least 4")
@@ -308,31 +312,43 @@ class SweepSection(Section):
             _choice("sweep.baseline", self.baseline, self.methods)
 
 
+# Options of selectors that a run fills in, or that YAML cannot hold.
+_NOT_HERE = ("base", "tuned", "batches", "loss_fn", "seed", "nnz", "scope", "group", "fn")
+
+
 def _check_mask_choice(section: TrainSection | MethodSection) -> None:
-    where, selector, options = section.where, section.selector, section.selector_options
-    _choice(f"{where}.selector", selector, selectors())
+    where, options = section.where, section.selector_options
+    _choice(f"{where}.selector", section.selector, selectors())
     _choice(f"{where}.scope", section.scope, ("global", "tensor", "row"))
-    if section.denoise is not None:
-        try:
-            Denoise(**section.denoise)
-        except (TypeError, SparseFtError) as bad:
-            raise RecipeError(f"{where}.denoise is {section.denoise!r}: {bad}") from None
-        if selector not in ("magnitude", "deltas_svd"):
-            raise RecipeError(
-                f"{where} gives denoise, which is for the selector deltas_svd, and selector "
-                f"{selector!r}; keep one of the two."
-            )
-        selector = "deltas_svd"
-    try:
-        known = options_of(selector, options)
-    except SparseFtError as bad:
-        raise RecipeError(f"{where}.selector_options is {options!r}: {bad}") from None
     for option in options:
-        if option not in known:
+        if option in _NOT_HERE:
             raise RecipeError(
-                f"{where}.selector_options has {option!r}, which selector {selector!r} does not "
-                f"take; it takes {', '.join(known) or 'none'}.{did_you_mean(option, known)}"
+                f"{where}.selector_options has {option!r}, which is filled in or cannot come from "
+                "a recipe; leave it out."
             )
+    if section.selector == "function":
+        raise RecipeError(
+            f"{where}.selector is 'function', which a recipe cannot give; use Python, or masks "
+            "saved in a file (selector: file)."
+        )
+    denoise = None
+    if section.denoise is not None:
+        known = [f.name for f in dataclasses.fields(Denoise)]
+        for key in section.denoise:
+            if key not in known:
+                raise RecipeError(
+                    f"{where}.denoise has the key {key!r}.{did_you_mean(str(key), known)} "
+                    f"Known: {', '.join(known)}."
+                )
+        try:
+            denoise = Denoise(**section.denoise)
+        except SparseFtError as bad:
+            raise RecipeError(f"{where}.denoise is {section.denoise!r}: {bad}") from None
+    try:
+        MaskChoice.of(section.selector, section.scope, options, denoise)
+    except SparseFtError as bad:
+        key = "selector_options" if denoise is None else "denoise"
+        raise RecipeError(f"{where}.{key}: {bad}") from None
 
 
 def _choice(key: str, value: str, allowed: Sequence[str] | Mapping[str, Any]) -> None:

@@ -21,7 +21,7 @@ from sparseft.evaluation import Result, Results, provenance
 from sparseft.training.recipe import Recipe
 from sparseft.training.units import Unit, evaluation_unit, language_unit, read_rows, task_unit
 
-__all__ = ["StudyResult", "results_of", "run_study", "run_units", "study_units"]
+__all__ = ["StudyResult", "choose_units", "results_of", "run_study", "run_units", "study_units"]
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +113,7 @@ def run_units(
     Raises:
         RecipeError: as `run_study`.
     """
-    chosen = _choose(units, only)
+    chosen = choose_units(units, only)
     by_name = {unit.name: unit for unit in units}
     for number, unit in enumerate(chosen, start=1):
         if unit.done():
@@ -133,7 +133,12 @@ def run_units(
     return finished, [unit.name for unit in units if unit.name not in finished]
 
 
-def _choose(units: Sequence[Unit], only: Sequence[str]) -> list[Unit]:
+def choose_units(units: Sequence[Unit], only: Sequence[str]) -> list[Unit]:
+    """Return the units that globs match, all without globs.
+
+    Raises:
+        RecipeError: a pattern that matches nothing.
+    """
     names = [unit.name for unit in units]
     for pattern in only:
         if not fnmatch.filter(names, pattern):

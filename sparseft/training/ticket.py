@@ -167,6 +167,11 @@ class TicketRun:
                 previous,
                 lambda adapter: finish(adapter, budget).save(adapter_path),
             )
+        if not adapter_path.is_file():
+            raise ResumeError(
+                f"{adapter_path} is gone but the run had finished; put it back, or delete "
+                f"{self.folder} to train it anew."
+            )
         before = self._history(dense_key)
         if self.phase1 is not None and self.choice.needs_dense:
             before = self.phase1.history

@@ -72,7 +72,13 @@ class Unit:
 # -- training ---
 
 
-def _train(setup: Setup, recipe: Recipe, section: TrainSection, folder: Path) -> None:
+def _train(
+    setup: Setup,
+    recipe: Recipe,
+    section: TrainSection,
+    folder: Path,
+    settings: dict[str, Any],
+) -> None:
     result = lottery_ticket(
         setup.make_trainer,
         setup.model,
@@ -82,7 +88,7 @@ def _train(setup: Setup, recipe: Recipe, section: TrainSection, folder: Path) ->
         iterations=section.iterations,
         selector=section.selector,
         scope=section.scope,
-        selector_options=section.selector_options,
+        selector_options=recipe.options_of(section),
         denoise=section.denoising(),
         l1=section.l1,
         adapter_name=setup.name,
@@ -91,12 +97,11 @@ def _train(setup: Setup, recipe: Recipe, section: TrainSection, folder: Path) ->
         **setup.shared,
     )
     result.adapter.save(folder / "adapter")
-    mark_finished(folder, section_settings(recipe, section))
+    mark_finished(folder, settings)
 
 
-def _trained(recipe: Recipe, section: TrainSection, folder: Path) -> bool:
+def _trained(folder: Path, settings: dict[str, Any]) -> bool:
     """Whether a unit's adapter is there, made with these settings as far as the folder tells."""
-    settings = section_settings(recipe, section)
     known = bool(read_mark(folder))  # not in folders of before `mark_finished`
     return adapter_path(folder).is_file() and (not known or finished(folder, settings))
 
@@ -109,11 +114,13 @@ def adapter_path(folder: Path) -> Path:
 def language_unit(recipe: Recipe, language: str, folder: Path, *, progress: bool) -> Unit:
     """Return the unit that trains a language adapter by masked language modelling."""
     section: LanguageSection = recipe.language
+    settings = section_settings(recipe, section, texts=section.texts[language])
 
     def run() -> None:
-        _train(language_setup(recipe, language, progress=progress), recipe, section, folder)
+        setup = language_setup(recipe, language, progress=progress)
+        _train(setup, recipe, section, folder, settings)
 
-    return Unit(f"language-{language}", run, lambda: _trained(recipe, section, folder))
+    return Unit(f"language-{language}", run, lambda: _trained(folder, settings))
 
 
 def task_unit(recipe: Recipe, seed: int, folder: Path, home: Path, *, progress: bool) -> Unit:
@@ -123,16 +130,17 @@ def task_unit(recipe: Recipe, seed: int, folder: Path, home: Path, *, progress: 
         raise RecipeError("the recipe has no task section.")
     task_section: TaskSection = section
     source_unit = f"language-{section.source}"
+    settings = section_settings(recipe, section)
 
     def run() -> None:
         sources = []
         if task_section.source_language_adapter:
             sources.append(Adapter.load(adapter_path(home / source_unit)))
         setup = task_setup(recipe, seed, sources=sources, progress=progress)
-        _train(setup, recipe, task_section, folder)
+        _train(setup, recipe, task_section, folder, settings)
 
     needs = (source_unit,) if section.source_language_adapter else ()
-    return Unit(f"task-seed{seed}", run, lambda: _trained(recipe, task_section, folder), needs)
+    return Unit(f"task-seed{seed}", run, lambda: _trained(folder, settings), needs)
 
 
 # -- evaluation ---

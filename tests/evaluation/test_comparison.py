@@ -27,8 +27,8 @@ def test_student_agrees_with_scipy(n):
 
 
 def test_student_without_spread():
-    assert student_p([0.0, 0.0]) == 1.0
-    assert student_p([0.1, 0.1]) == 0.0
+    assert student_p([0.0, 0.0]) is None
+    assert student_p([0.3 - 0.2, 0.4 - 0.3, 0.5 - 0.4]) is None, "equal but for rounding"
 
 
 def test_sign_flips_are_counted():
@@ -39,6 +39,7 @@ def test_sign_flips_are_counted():
     assert sign_flip_p(values) == expected
     assert sign_flip_p([1.0] * 6) == 2 / 64
     assert sign_flip_p([0.0] * 4) == 1.0
+    assert sign_flip_p([0.01, 0.02, -0.03, 0.04, -0.04]) == 1.0, "a sum of rounding is 0"
 
 
 def test_many_pairs_are_drawn():
@@ -77,6 +78,32 @@ def test_pairs_are_languages_and_seeds_without_the_source(results):
     assert found["full", 0.1].mean == pytest.approx(0.6 - 0.615)
     with pytest.raises(DataError, match=r"no setting 'plane'.*plain"):
         compare(results, "plane")
+
+
+def test_composed_settings_meet_the_baseline_composed_alike(results):
+    for seed in range(3):
+        for setting, value in (("plain", 0.9), ("better", 0.8)):
+            results.add(setting=f"{setting} + language", language="ban", seed=seed, metric="f1",
+                        value=value + 0.01 * seed * (setting == "plain"), density=0.1)  # fmt: skip
+    found = {(c.setting, c.density): c for c in compare(results, "plain")}
+    composed = found["better + language", 0.1]
+    assert composed.baseline == "plain + language"
+    assert composed.mean == pytest.approx(-0.11)
+    assert ("plain + language", 0.1) not in found
+    assert "| better + language (ban) |" in comparison_markdown(results, "plain")
+
+
+def test_only_the_source_language(tmp_path):
+    made = Results(source_language="ind", title="A|B costs $5 and $6")
+    for seed, value in enumerate((0.5, 0.6)):
+        for name, more in (("a|b", 0.0), ("$c$", 0.1 * seed)):
+            made.add(setting=name, language="ind", seed=seed, metric="f1", value=value + more,
+                     density=0.1)  # fmt: skip
+    text = comparison_markdown(made, "a|b")
+    assert "mean over the source language" in text
+    assert "| a\\|b | 55.0 ± 7.1 |" in text
+    assert "| $c$ | 10 % | +5.0 |" in text
+    plot_densities(made, tmp_path / "a.png", "f1")
 
 
 def test_tables_and_plot(results, tmp_path):

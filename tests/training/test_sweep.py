@@ -153,6 +153,90 @@ def test_bad_sweeps_are_named(sweep_data):
     refused("rank", methods={"x": {"denoise": {"rank": 0.5}}})
     refused("selector is 'magnitud'", methods={"x": {"selector": "magnitud"}})
     refused("needs a task section and sweep.methods", methods={})
+    refused(
+        r"sweep.methods.x.denoise has the key 'rnk'.*'rank'", methods={"x": {"denoise": {"rnk": 1}}}
+    )
+    refused("uses itself", methods={"Phase1": {}})
+    refused("uses itself", methods={"full fine-tuning": {}})
+    refused("selector is 'n:m', which keeps a number", methods={"x": {"selector": "n:m"}})
+    refused("'function', which a recipe cannot", methods={"x": {"selector": "function"}})
+    for options in ({"seed": 3}, {"base": "x"}):
+        method = {"selector": "random", "selector_options": options}
+        refused("filled in or cannot come", methods={"x": method})
+    both = {"denoise": {"rank": 4}, "selector_options": {"rank": 3}}
+    refused("'rank', which denoise gives too", methods={"x": both})
+
+    def refused_keys(match, *overrides):
+        with pytest.raises(RecipeError, match=match):
+            sweep_units(load_recipe(sweep_data, overrides))
+
+    refused_keys("task.iterations is 3, but masks of a sweep", "task.iterations=3")
+    refused_keys("task.selector is 'random'", "task.selector=random")
+    refused_keys("evaluation.metric is 'f1'.*macro_f1", "evaluation.metric=f1")
+    source = "language.texts={ind: ind.txt}"
+    refused_keys("each method would need", source, "task.source_language_adapter=true")
+
+
+def test_a_dot_is_no_way_out_of_the_folder(sweep_data, tmp_path):
+    sweep_data["sweep"]["methods"] = {"..": {}}
+    units = sweep_units(load_recipe(sweep_data))
+    assert units[2].name == "method-seed0"
+
+
+def test_settings_are_scored_as_asked_for_and_nothing_else_is_reported(recipe_data, tmp_path):
+    methods = {"A": {}, "R": {"selector": "random"}}
+    recipe_data["sweep"] = {"densities": [0.05, 0.2], "methods": methods}
+    recipe_data["task"]["seeds"] = [0]
+    recipe_data["evaluation"].update(languages=["ban", "ind"], settings=["task+language"])
+    del recipe_data["task"]["density"], recipe_data["language"]["density"]
+
+    def swept(*overrides):
+        result = run_sweep(load_recipe(recipe_data, overrides))
+        assert not result.missing
+        return {(r.setting, r.density, r.language) for r in result.results.rows}
+
+    composed = {(f"{n} + language", d, "ban") for n in methods for d in (0.05, 0.2)}
+    assert swept() == composed
+    assert "| R + language | 5 % |" in (tmp_path / "out/results/comparison.md").read_text()
+    alone = {(n, d, c) for n in methods for d in (0.05, 0.2) for c in ("ban", "ind")}
+    assert swept("evaluation.settings=[task,task+language]") == composed | alone
+    few = swept("evaluation.settings=[full,task]", "sweep.densities=[0.05]")
+    full = {("full fine-tuning", None, code) for code in ("ban", "ind")}
+    assert few == full | {place for place in alone if place[1] == 0.05}
+    assert swept("evaluation.settings=[full]") == full
+
+
+def test_other_data_is_not_mixed_in(sweep_data, tmp_path):
+    small = ["task.seeds=[0]", "evaluation.languages=[]"]
+    run_sweep(load_recipe(sweep_data, small), only=["phase1-*", "lt-sft-*"])
+    with (tmp_path / "data/smsa.tsv").open("a") as file:
+        file.write("w1 w2\tpositive\n")
+    with pytest.raises(ResumeError, match="metadata.data.examples: was 30, now 31"):
+        run_sweep(load_recipe(sweep_data, small), only=["random-*"])
+
+
+def test_what_was_lost_is_named(sweep_data, tmp_path):
+    small = load_recipe(sweep_data, ["task.seeds=[0]", "evaluation.languages=[]"])
+    run_sweep(small, only=["phase1-*", "random-*"])
+    adapter = next((tmp_path / "out/random").rglob("adapter.safetensors"))
+    adapter.unlink()
+    with pytest.raises(ResumeError, match=r"adapter.safetensors is gone(.|\n)*delete"):
+        run_sweep(small, only=["random-*"])
+    (tmp_path / "out/phase1-seed0/iteration-0/dense.safetensors").unlink()
+    with pytest.raises(ResumeError, match=r"dense.safetensors is gone(.|\n)*delete"):
+        run_sweep(small, only=["phase1-*"])
+    (tmp_path / "out/phase1-seed0/unit.json").write_text("")
+    with pytest.raises(ResumeError, match="unit.json is no file of a finished unit"):
+        run_sweep(small, only=["phase1-*"])
+
+
+def test_a_key_added_to_a_finished_method_is_refused(sweep_data):
+    small = ["task.seeds=[0]", "evaluation.languages=[]", "sweep.densities=[0.05]"]
+    sweep_data["sweep"]["methods"] = {"R": {"selector": "low_rank"}}
+    run_sweep(load_recipe(sweep_data, small))
+    sweep_data["sweep"]["methods"]["R"]["selector_options"] = {"rank": 2}
+    with pytest.raises(ResumeError, match="selector_options.rank: was '.absent.', now 2"):
+        run_sweep(load_recipe(sweep_data, small))
 
 
 def test_a_dense_phase_of_other_settings_is_refused(sweep_data):
