@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from sparseft.errors import OptionError
+from sparseft.selection.counts import is_integer
 from sparseft.selection.registry import Candidates, register_selector
 from sparseft.selection.scopes import Kept, Scope
 from sparseft.selection.structured import Grid, Rewound, budgets, keep_units
@@ -45,8 +46,8 @@ def select_blocks(
     Memory: 8 bytes for each block of the model, and four times that while they are ranked.
     """
     sides = list(block) if isinstance(block, Sequence) and not isinstance(block, str) else []
-    if len(sides) != 2 or any(type(side) is not int or side < 1 for side in sides):
+    if len(sides) != 2 or not all(is_integer(side) and int(side) > 0 for side in sides):
         raise OptionError(f"block is {block!r}, wanted rows and columns, e.g. block=(16, 16).")
     groups = budgets(candidates, nnz, scope, "blocks")
-    grids = {n: Grid.of(p.shape, *sides) for n, p in candidates.parameters.items()}
+    grids = {n: Grid.of(p.shape, *map(int, sides)) for n, p in candidates.parameters.items()}
     return keep_units(candidates, Rewound(candidates, score, options), grids, nnz, groups)

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from numbers import Integral
-from typing import Any
+from numbers import Integral, Real
+from typing import Any, SupportsInt, TypeGuard
 
 from sparseft.errors import MaskError
 
-__all__ = ["all_nnz", "apportion", "is_several", "rows_of", "spread", "total_nnz"]
+__all__ = ["all_nnz", "apportion", "is_integer", "is_several", "rows_of", "spread", "total_nnz"]
+
+
+def is_integer(given: object) -> TypeGuard[SupportsInt]:
+    """Whether it is a whole number of any kind, numpy's too, and no bool."""
+    return isinstance(given, Integral) and not isinstance(given, bool)
 
 
 def is_several(asked: object) -> bool:
@@ -49,14 +54,14 @@ def total_nnz(nnz: object, density: object, *, candidates: int, of: int, of_what
         got = "neither" if nnz is None else "both"
         raise MaskError(f"give nnz=... or density=..., one of the two; got {got}.")
     if nnz is not None:
-        if isinstance(nnz, bool) or not isinstance(nnz, int | Integral) or nnz < 0:
+        if not is_integer(nnz) or int(nnz) < 0:
             raise MaskError(f"nnz is {nnz!r}, wanted an integer >= 0.")
         count, asked = int(nnz), f"nnz={int(nnz):,}"
     else:
         if (
             isinstance(density, bool)
-            or not isinstance(density, float | int)
-            or not 0 < density <= 1
+            or not isinstance(density, Real)
+            or not 0 < float(density) <= 1
         ):
             raise MaskError(
                 f"density is {density!r}, wanted a fraction in (0, 1], e.g. 0.05 for 5 %."

@@ -13,6 +13,7 @@ from sparseft.diff import SparsePattern
 from sparseft.errors import OptionError
 from sparseft.ops import topk_single
 from sparseft.pattern import index_dtype_for
+from sparseft.selection.counts import is_integer
 from sparseft.selection.registry import Candidates, register_selector
 from sparseft.selection.scopes import by_tensor, check_scores, pattern_of, whole_rows
 from sparseft.selection.structured import Rewound
@@ -30,8 +31,8 @@ def select_n_of_m(
 ) -> dict[str, SparsePattern]:
     """Keep the n entries with the largest scores of every m consecutive ones of the last dim.
 
-    Ties go to the first. The structure says how many entries there are: leave nnz and density out,
-    or give exactly that number.
+    Ties go to the first. The structure says how many entries there are, in every row: leave nnz,
+    density and scope out, or give exactly that number.
 
     Args:
         candidates: parameters; the last dim is the one that runs along a row (the inputs of
@@ -48,8 +49,9 @@ def select_n_of_m(
 
     Memory: the result, which is as large as the number of entries kept, and one piece of scores.
     """
-    if type(n) is not int or type(m) is not int or not 1 <= n <= m:
+    if not is_integer(n) or not is_integer(m) or not 1 <= n <= m:
         raise OptionError(f"n={n!r}, m={m!r}; wanted integers with 1 <= n <= m, e.g. n=2, m=4.")
+    n, m = int(n), int(m)
     shapes = {name: p.shape for name, p in candidates.parameters.items()}
     chosen = {}
     for name, shape, pieces in by_tensor(Rewound(candidates, score, options, ranked=True), shapes):

@@ -45,6 +45,11 @@ __all__ = [
 
 Kind = Literal["scores", "either", "patterns", "structure"]
 
+# What `select` takes for every method; a misspelt one arrives as an option.
+ARGUMENTS = (
+    "nnz", "density", "density_of", "scope", "include", "exclude", "base", "tuned", "seed"
+)  # fmt: skip
+
 # Entries scored at a time: 1 Mi, so that the scratch of any method stays at a few megabytes.
 PIECE = 1 << 20
 
@@ -176,16 +181,18 @@ def check_options(method: str, given: Mapping[str, Any]) -> None:
         OptionError: an option without a default is missing.
     """
     below = scored_by(method, given)
-    if below is None:
-        REGISTRY.check_options(method, given)
-        return
     own, known = REGISTRY.get(method).options, options_of(method, given)
     for option in given:
         if option not in known:
+            scored = "" if below is None else f" with score={below.name!r}"
+            have = f"it has {', '.join(known)}" if known else "it has none"
+            near = did_you_mean(option, dict.fromkeys([*known, *ARGUMENTS]))
             raise UnknownNameError(
-                f"selection method {method!r} with score={below.name!r} has no option {option!r}; "
-                f"it has {', '.join(known)}.{did_you_mean(option, known)}"
+                f"selection method {method!r}{scored} has no option {option!r}; {have}.{near}"
             )
+    if below is None:
+        REGISTRY.check_options(method, given)
+        return
     REGISTRY.check_options(method, [option for option in given if option in own])
     try:
         REGISTRY.check_options(below.name, [option for option in given if option not in own])

@@ -6,14 +6,15 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args, overload
 
+import torch
 from torch import nn
 
 from sparseft._registry import Registered
 from sparseft._text import did_you_mean
 from sparseft.diff import MaskLike, SparsePattern, as_pattern
-from sparseft.errors import MaskError
+from sparseft.errors import MaskError, OptionError, UnknownNameError
 from sparseft.modules import ParameterIndex
-from sparseft.selection.counts import all_nnz, is_several
+from sparseft.selection.counts import all_nnz, is_integer, is_several
 from sparseft.selection.masks import Masks
 from sparseft.selection.patterns import names_between
 from sparseft.selection.registry import (
@@ -26,7 +27,7 @@ from sparseft.selection.registry import (
 from sparseft.selection.scopes import Kept, Scope, keep_best, keep_true
 from sparseft.selection.source import Source
 
-__all__ = ["candidates_of", "select"]
+__all__ = ["candidates_of", "check_scope", "select"]
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +35,9 @@ DensityOf = Literal["candidates", "model"]
 
 # Options that say how many are wanted, by kind of method.
 _FILLED_IN = {"scores": ("nnz",), "structure": ("nnz", "scope")}
+
+# Arithmetic and comparisons exist for these; those of 8 bits are only stored.
+_RANKED = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 def candidates_of(
@@ -46,7 +50,10 @@ def candidates_of(
     Raises:
         UnknownNameError: a pattern that matches nothing; the message has the nearest names.
         MaskError: no parameter is left.
+        TypeError: the model is no module.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(_not_a_model(model))
     index = ParameterIndex(model)
     chosen = sorted(names_between(index, include, exclude))
     parameters = {name: index.get(name) for name in chosen if index.get(name).is_floating_point()}
@@ -127,20 +134,24 @@ def select(
             ("rows", "blocks", "tiles", "n:m") build on the scores of another: ``score=`` names it,
             and takes its options too.
         nnz: entries to keep in total. A list of numbers gives a list of `Masks`, each what its
-            number alone would give, from one computation of the scores (of which a shortlist of
-            candidates is as long as the largest number needs); nested with scope "global".
+            number alone would give, from one computation of the scores (but a ``shortlist`` of
+            gradients is as long as the largest number needs: the others choose from more). They
+            nest only with scope "global": shares of tensors and rows are apportioned anew for each
+            number, and may shrink by one as the total grows.
         density: fraction to keep, in (0, 1], or a list of them; instead of ``nnz``.
         density_of: what density is a fraction of: the candidates' entries, or those of all
             floating parameters of the model.
         scope: "global"; "tensor" (every tensor its share by size) or "row" (every row of every
-            tensor its share; not for structures). The total is exact in each.
+            tensor its share; not for structures). The total is exact in each. Masks that have a
+            number of their own ("n:m", "file", bool ones of "function") take none.
         include: globs over parameter names; default all. A tied parameter is meant by any of its
             names.
         exclude: globs of names to leave out, likewise: a head's glob also leaves out an embedding
             that is tied to it.
-        base: theta0: a model, a mapping from name to tensor, or a checkpoint's path.
+        base: theta0: a model, a mapping from name to tensor, or a checkpoint's path. Only for
+            methods that compare with it; so is ``tuned``.
         tuned: theta1, likewise; default: the model's parameters as they are now.
-        seed: for methods that draw.
+        seed: any integer, for methods that draw.
         options: the method's own options.
 
     Returns:
@@ -151,11 +162,12 @@ def select(
     Raises:
         MaskError: nnz and density both or neither given (masks from a file or function need
             neither), a count out of range, NaN scores (the tensor is named), a base that does not
-            fit.
+            fit, a scope that masks with a number of their own cannot follow, parameters on meta or
+            of 8 bits.
         UnknownNameError: an unknown method, option, or a pattern that matches nothing; the message
-            has the nearest names.
-        OptionError: an option that the method needs is missing.
-        TypeError: a method that is no name.
+            has the nearest names. A base or tuned that the method does not take.
+        OptionError: an option that the method needs is missing; a seed that is no integer.
+        TypeError: a method that is no name, a model that is no module.
 
     A warning is logged when entries of score 0 had to be kept, as fewer moved than were asked for.
 
@@ -170,25 +182,25 @@ def select(
     """
     if not isinstance(method, str):
         raise TypeError(_not_a_name(method))
+    if not isinstance(model, nn.Module):
+        raise TypeError(_not_a_model(model))
+    if not is_integer(seed):
+        raise OptionError(f"seed is {seed!r}, wanted an integer.")
     entry = REGISTRY.get(method)
-    for what, value, kind in (
-        ("scope", scope, Scope),
-        ("density_of", density_of, DensityOf),
-    ):
-        if value not in get_args(kind):
-            raise MaskError(
-                f"{what}={value!r} is not one of {', '.join(map(repr, get_args(kind)))}."
-                f"{did_you_mean(str(value), get_args(kind))}"
-            )
+    check_scope(method, scope, counted=nnz is not None or density is not None)
+    _check_choice("density_of", density_of, DensityOf)
     kind = entry.traits["kind"]
     known = options_of(method, options)
     arguments = dict(options)
-    shared = {"base": base, "tuned": tuned, "seed": seed}
+    below = scored_by(method, options)
+    _check_compared(method, below, known, base=base, tuned=tuned)
+    shared = {"base": base, "tuned": tuned, "seed": int(seed)}
     arguments.update((n, value) for n, value in shared.items() if value is not None and n in known)
     # How many is known once the candidates are; wrong options are said before that.
     later = {name: None for name in _FILLED_IN.get(kind, ()) if name in known}
     check_options(method, {**arguments, **later})
     candidates = candidates_of(model, include, exclude)
+    _check_values(candidates)
     counts: list[int] = []
     if nnz is not None or density is not None or kind in ("scores", "structure"):
         of = candidates.numel
@@ -199,7 +211,6 @@ def select(
     filled = {"nnz": counts if kind == "structure" else max(counts, default=0), "scope": scope}
     arguments.update((name, filled[name]) for name in later)
     chosen = entry.fn(candidates, **arguments)
-    below = scored_by(method, options)
     if kind == "patterns":
         kept = [Kept(_checked(method, chosen, candidates, counts), 0)] * max(1, len(counts))
     elif kind == "structure":
@@ -245,6 +256,80 @@ def _warn_of_zeros(
         f"{count:,}", entry.name, f"{count - zeros:,}", where, scope, f"{zeros:,}",
         scored.traits["zero"], advice,
     )  # fmt: skip
+
+
+def check_scope(method: str, scope: str, *, counted: bool) -> None:
+    """Check a scope before anything is scored.
+
+    Args:
+        method: name of a registered method.
+        scope: as in `select`.
+        counted: whether nnz or density says how many entries to keep.
+
+    Raises:
+        UnknownNameError: no such method.
+        MaskError: no such scope; or one that masks with a number of their own cannot follow.
+    """
+    _check_choice("scope", scope, Scope)
+    kind = REGISTRY.get(method).traits["kind"]
+    if scope != "global" and (kind == "patterns" or (kind == "either" and not counted)):
+        raise MaskError(
+            f"scope={scope!r} cannot be followed by masks that have a number of entries of their "
+            f"own, as those of {method!r} here. Leave scope out."
+        )
+
+
+def _check_choice(what: str, value: object, kind: Any) -> None:
+    if value not in get_args(kind):
+        raise MaskError(
+            f"{what}={value!r} is not one of {', '.join(map(repr, get_args(kind)))}."
+            f"{did_you_mean(str(value), get_args(kind))}"
+        )
+
+
+def _check_compared(
+    method: str, below: Registered | None, known: Mapping[str, Any], **given: Source | None
+) -> None:
+    """Refuse a base or tuned that would not be looked at."""
+    for what, source in given.items():
+        if source is None or what in known:
+            continue
+        able = [n for n in REGISTRY.names() if what in REGISTRY.get(n).options]
+        score = f" with score={below.name!r}" if below else ""
+        fix = (
+            "Leave it out"
+            if what == "base"
+            else "Give the tuned model in place of this one: select(tuned, ...)"
+        )
+        raise UnknownNameError(
+            f"{what}=... is given, but method {method!r}{score} has no option {what!r} and reads "
+            f"the model alone. {fix}, or take a method that compares: {', '.join(able)}."
+        )
+
+
+def _check_values(candidates: Candidates) -> None:
+    """Refuse parameters that hold nothing, or numbers that nothing can be computed with."""
+    for name, parameter in candidates.parameters.items():
+        if parameter.is_meta:
+            raise MaskError(
+                f"{name!r} is on the meta device: it has a shape and no values to select by. Load "
+                "the weights first."
+            )
+        if parameter.dtype not in _RANKED:
+            raise MaskError(
+                f"{name!r} is {parameter.dtype}, wanted float32, bfloat16, float16 or float64. "
+                f"Leave it out: exclude=[{name!r}, ...]."
+            )
+
+
+def _not_a_model(model: object) -> str:
+    if isinstance(model, Mapping):
+        fix = "Load tensors into their model first: model.load_state_dict(...)."
+    elif isinstance(model, type):
+        fix = f"Make one: {model.__name__}(...)."
+    else:
+        fix = "It is the model whose parameters are chosen from."
+    return f"model is {type(model).__name__}, wanted an nn.Module. {fix}"
 
 
 def _not_a_name(method: object) -> str:

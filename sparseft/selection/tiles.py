@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -63,8 +64,8 @@ def select_tiles(
 
     Memory: about 16 bytes per kept entry, 32 per tile, one piece of scores and one row.
     """
-    good = isinstance(fraction, float | int) and not isinstance(fraction, bool)
-    if not good or not 0 < fraction <= 1:
+    good = isinstance(fraction, Real) and not isinstance(fraction, bool)
+    if not good or not 0 < float(fraction) <= 1:
         raise OptionError(f"fraction is {fraction!r}, wanted a part of the tiles in (0, 1].")
     scores = Rewound(candidates, score, options)
     shapes = {name: p.shape for name, p in candidates.parameters.items()}
@@ -79,7 +80,7 @@ def select_tiles(
         wanted: dict[int, list[int]] = {}
         for i, share in enumerate(shares):
             enough, left = ranked.whole(max(0, share - free))
-            used = max(enough + (left > 0), math.ceil(fraction * ranked.order.numel()))
+            used = max(enough + (left > 0), math.ceil(float(fraction) * ranked.order.numel()))
             wanted.setdefault(used, []).append(i)
         whole = {n: torch.ones(grids[n].down, dtype=torch.bool) for n in names if not sides[n]}
         for used, which in wanted.items():

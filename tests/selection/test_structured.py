@@ -337,8 +337,9 @@ class TestOptions:
             ("tiles", {"fraction": "0.2"}, "fraction is '0.2', wanted"),
             ("tiles", {"score": "function", "fn": iter([1])}, "fn is a list_iterator, .*read once"),
         ):
+            given = {"base": base} if "base" in options_of(method, options) else {}
             with pytest.raises(OptionError, match=message):
-                select(tuned, method, nnz=5, base=base, **options)
+                select(tuned, method, nnz=5, **given, **options)
         for method in ("rows", "blocks", "tiles"):
             with pytest.raises(MaskError, match=f"scope='row' means nothing for '{method}'"):
                 select(tuned, method, nnz=5, base=base, scope="row")
