@@ -34,6 +34,7 @@ from sparseft.modules.mask_plan import check_roles, resolve_masks
 from sparseft.modules.names import ParameterIndex
 from sparseft.modules.regroup import regroup_
 from sparseft.modules.repattern import repattern_, resolve_changes
+from sparseft.modules.riders import listen, unlisten
 from sparseft.modules.storage_stack import parents_of
 
 __all__ = ["Attachment", "MaskReport", "attach", "attachments_of"]
@@ -213,6 +214,7 @@ class Attachment:
                 parameter.requires_grad_(id(parameter) in trained)
             self._hooks = hook_input_embeddings(model, input_grads)
             start_compact_state_dict(model)
+            listen(model)
         except BaseException:
             self.detach(restore=True)
             raise
@@ -403,7 +405,8 @@ class Attachment:
 
         Args:
             masks: masked parameter name -> its new mask, of any count; others stay.
-            optimizer: the one (or all) that trains the leaves; None only before there is one.
+            optimizer: the one (or all) that trains the leaves; None before there is one. Of others,
+                state of those that have stepped a leaf moves, too; none that was only loaded.
 
         Returns:
             How many entries are new.
@@ -411,8 +414,8 @@ class Attachment:
         Raises:
             UnknownNameError: a parameter that does not exist or is not masked.
             MaskError: a mask of another shape, or without an entry.
-            AttachError: an optimizer without these leaves, or with state that is not entry-wise; a
-                count that changes while several processes train together.
+            AttachError: no optimizer, one without these leaves or with other state than entry-wise;
+                a count that changes while several processes train together.
             StackOrderError: something was applied on top of a masked weight since.
 
         Numerics: step counts stay per tensor, so grown entries enter AdamW without bias
@@ -421,8 +424,6 @@ class Attachment:
         """
         self._check_active("reselect_")
         changes = resolve_changes(ParameterIndex(self.model), self._masked, masks)
-        if not isinstance(optimizer, Sequence):
-            optimizer = [] if optimizer is None else [optimizer]
         return repattern_(changes, optimizer)
 
     # Leaving.
@@ -482,6 +483,7 @@ class Attachment:
         if not self.model.__dict__[ATTACHMENTS]:
             del self.model.__dict__[ATTACHMENTS]
             stop_compact_state_dict(self.model)
+            unlisten(self.model)
 
     def __enter__(self) -> Attachment:
         return self

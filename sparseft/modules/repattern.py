@@ -20,7 +20,14 @@ from sparseft.errors import AttachError, MaskError, UnknownNameError
 from sparseft.modules.leaves import MaskedParameter
 from sparseft.modules.names import ParameterIndex
 from sparseft.modules.ranks import processes
-from sparseft.modules.transplant import Moves, check_state, holding, transplant_
+from sparseft.modules.transplant import (
+    Moves,
+    as_optimizers,
+    check_state,
+    holding,
+    stepped,
+    transplant_,
+)
 from sparseft.ops import gather_entries, write_entries_
 from sparseft.ops._common import bits
 
@@ -47,29 +54,28 @@ def resolve_changes(
 
 
 @torch.no_grad()
-def repattern_(
-    changes: Iterable[tuple[MaskedParameter, SparsePattern]], optimizers: Iterable[Any]
-) -> int:
+def repattern_(changes: Iterable[tuple[MaskedParameter, SparsePattern]], optimizer: Any) -> int:
     """Give masked parameters other patterns; all is checked before anything changes.
 
     Args:
         changes: pairs of a masked parameter and where it is trained from now on, of its shape.
-        optimizers: those that hold the leaves; none, if no optimizer has seen them.
+        optimizer: the one, or all, that hold the leaves; None, if no optimizer has seen them. Any
+            other that has stepped a leaf and is alive has its state moved, too.
 
     Returns:
         How many entries are new.
 
     Raises:
         MaskError: a pattern without an entry.
-        AttachError: an optimizer that does not hold a leaf, or whose state is not entry-wise; a
-            count that changes while several processes train together.
+        AttachError: no optimizer, or one that does not hold a leaf, or whose state is not
+            entry-wise; a count that changes while several processes train together.
         StackOrderError: something was applied on top of a weight since.
 
     Numerics: the leaf stays the same object. Its memory, too, where the count is unchanged (as the
         buckets of DistributedDataParallel require); otherwise ``leaf.data`` is another tensor,
         which the groups of any optimizer hold already.
     """
-    optimizers = list(optimizers)
+    optimizers = as_optimizers(optimizer)
     todo = []
     for masked, pattern in changes:
         _check_pattern(masked, pattern)
@@ -85,6 +91,7 @@ def repattern_(
                 f"({', '.join(type(o).__name__ for o in optimizers)}): its state would no longer "
                 "fit. Give the one that trains it, or optimizer=None if none has been built."
             )
+        holders = holding([*optimizers, *stepped()], masked.leaf)
         for optimizer in holders:
             check_state(masked.name, optimizer, masked.leaf)
         todo.append((masked, pattern, holders))

@@ -2,7 +2,8 @@
 
 Masks that move in training have to be saved and loaded with the leaves they order, by whatever
 saves and loads the model: Trainer's checkpoints, its best model, a plain loop. A rider names the
-tensors, and takes them back before the parameters are loaded.
+tensors, and takes them back before the parameters are loaded. Where there is none to take them,
+loading says so, rather than that leaves and weights do not fit the masks.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
-from sparseft.errors import AttachError
+from sparseft.errors import AttachError, ResumeError
+from sparseft.modules.compact import ATTACHMENTS
 
-__all__ = ["Rider", "board", "leave", "riding"]
+__all__ = ["Rider", "board", "leave", "listen", "riding", "unlisten"]
 
 # In front of a rider's keys in the state dict, and where a module keeps its rider.
 _PREFIX = "_sparseft_moving."
@@ -41,10 +44,40 @@ def _save(module: nn.Module, state_dict: Any, prefix: str, local_metadata: Any) 
 def _load(module: nn.Module, state_dict: Any, prefix: str, *rest: Any) -> None:
     rider, start = module.__dict__.get(_RIDER), prefix + _PREFIX
     if rider is None:
+        _refuse_moved(module, state_dict, start)
         return
     found = [key for key in state_dict if key.startswith(start)]
     if found:
         rider.load_tensors({key.removeprefix(start): state_dict.pop(key) for key in found})
+
+
+def _refuse_moved(module: nn.Module, state_dict: Any, start: str) -> None:
+    """Raise ResumeError where masks of a checkpoint moved and nothing here moves masks."""
+    for attachment in module.__dict__.get(ATTACHMENTS, ()):
+        for name, pattern in attachment.patterns.items():
+            saved = state_dict.get(f"{start}indices.{name}")
+            if saved is None or torch.equal(saved.to(pattern.indices), pattern.indices):
+                continue
+            raise ResumeError(
+                f"this checkpoint's masks moved in training (its {start}* keys): that of {name!r} "
+                "is another than the one attached. Make Reselection(attachment, ...) with the "
+                "options of that run first, then load: it moves the masks there."
+            )
+
+
+def listen(model: nn.Module) -> None:
+    """Install the hooks on a model, once. They do nothing until something rides."""
+    if not any(hook is _save for hook in model._state_dict_hooks.values()):
+        model.register_state_dict_post_hook(_save)
+        model.register_load_state_dict_pre_hook(_load)
+
+
+def unlisten(model: nn.Module) -> None:
+    """Remove the hooks; found by themselves, because a deep copy has hooks but no handles."""
+    for hooks, own in ((model._state_dict_hooks, _save), (model._load_state_dict_pre_hooks, _load)):
+        for number, hook in list(hooks.items()):
+            if getattr(hook, "hook", hook) is own:  # torch wraps those that get the module
+                del hooks[number]
 
 
 def board(model: nn.Module, rider: Rider) -> None:
@@ -58,14 +91,12 @@ def board(model: nn.Module, rider: Rider) -> None:
             f"a {type(model.__dict__[_RIDER]).__name__} moves masks of this model already; close() "
             "it first."
         )
+    listen(model)
     model.__dict__[_RIDER] = rider
-    if not any(hook is _save for hook in model._state_dict_hooks.values()):
-        model.register_state_dict_post_hook(_save)
-        model.register_load_state_dict_pre_hook(_load)
 
 
 def leave(model: nn.Module, rider: Rider) -> None:
-    """End what `board` began. The hooks stay, without effect: a deep copy has no handles."""
+    """End what `board` began. The hooks stay as long as masks are attached."""
     if model.__dict__.get(_RIDER) is rider:
         del model.__dict__[_RIDER]
 

@@ -10,18 +10,32 @@ problem is about 43 were found instead of 78.)
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from sparseft.errors import AttachError
 from sparseft.ops._common import bits
 from sparseft.ops._moments import QUANTUM, decode_moment, encode_moment_, scales_of
 
-__all__ = ["Moves", "check_state", "holding", "transplant_"]
+__all__ = [
+    "Moves",
+    "as_optimizers",
+    "check_optimizer",
+    "check_state",
+    "holding",
+    "note_step",
+    "stepped",
+    "transplant_",
+]
+
+# Those that have stepped a leaf, by id: an entry goes with its optimizer.
+_stepped: weakref.WeakValueDictionary[int, Optimizer] = weakref.WeakValueDictionary()
 
 
 @dataclass(frozen=True)
@@ -56,13 +70,57 @@ class Moves:
         return out
 
 
+def note_step(optimizer: Optimizer) -> None:
+    """Remember, weakly, that an optimizer has stepped a leaf: it may have state of it."""
+    _stepped[id(optimizer)] = optimizer
+
+
+def stepped() -> list[Optimizer]:
+    """Return the optimizers alive that have stepped any leaf."""
+    return list(_stepped.values())
+
+
+def check_optimizer(optimizer: Any) -> None:
+    """Raise AttachError for what is no optimizer, nor a wrapper that shows groups and state."""
+    if not (hasattr(optimizer, "param_groups") and hasattr(optimizer, "state")):
+        got = repr(optimizer) if isinstance(optimizer, str) else type(optimizer).__name__
+        raise AttachError(
+            f"wanted the optimizer that trains the leaves, got {got}. Pass the torch.optim "
+            "optimizer itself, built from attachment.parameters()."
+        )
+
+
+def as_optimizers(given: Any) -> list[Any]:
+    """Return one optimizer, several or None as a list.
+
+    Raises:
+        AttachError: something else, or an empty sequence.
+    """
+    if given is None:
+        return []
+    several = isinstance(given, Sequence) and not isinstance(given, str)
+    optimizers = list(given) if several else [given]
+    if not optimizers:
+        raise AttachError(
+            f"optimizer={given!r} names none. Pass the one that trains the leaves, or None before "
+            "there is one."
+        )
+    for optimizer in optimizers:
+        check_optimizer(optimizer)
+    return optimizers
+
+
 def holding(optimizers: Iterable[Any], leaf: nn.Parameter) -> list[Any]:
-    """Return the optimizers with ``leaf`` in one of their groups."""
-    return [
-        optimizer
-        for optimizer in optimizers
-        if any(p is leaf for group in optimizer.param_groups for p in group["params"])
-    ]
+    """Return the optimizers with ``leaf`` in one of their groups, one for each state of it.
+
+    A wrapper (accelerate's) and what it wraps have the same state, which must not move twice.
+    """
+    found: dict[int, Any] = {}
+    for optimizer in optimizers:
+        if any(p is leaf for group in optimizer.param_groups for p in group["params"]):
+            state = optimizer.state.get(leaf)
+            found.setdefault(id(optimizer if state is None else state), optimizer)
+    return list(found.values())
 
 
 def _eight_bit(state: Mapping[str, Any]) -> list[str]:

@@ -24,6 +24,7 @@ from sparseft.modules.leaves import (
     masked_by_weight,
     registered,
 )
+from sparseft.modules.transplant import note_step
 
 __all__ = ["install_hooks", "remove_idle_hooks"]
 
@@ -95,6 +96,8 @@ def _report_untouched(leaves: Iterable[MaskedParameter]) -> None:
 
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     leaves, _ = _in_groups(optimizer)
+    if leaves:
+        note_step(optimizer)  # its state of them has to follow masks that move
     _report_untouched(leaves)
     if getattr(optimizer, "writes_masked_weights", False):
         return  # ours wrote each weight in the pass that updated its leaf

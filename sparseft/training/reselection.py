@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import weakref
 from collections.abc import Callable, Mapping
+from numbers import Integral, Real
 from typing import Any, Literal
 
 import torch
@@ -25,6 +27,7 @@ from sparseft.errors import AttachError, MaskError, ResumeError
 from sparseft.modules.leaves import MaskedParameter
 from sparseft.modules.ranks import check_agreement, processes
 from sparseft.modules.riders import board, leave
+from sparseft.modules.transplant import check_optimizer
 from sparseft.training.candidates import Window
 from sparseft.training.drop_and_grow import (
     DROP,
@@ -69,8 +72,9 @@ class Reselection:
         group: process group whose gradients are summed; default the world, where there is one.
 
     Raises:
-        ValueError: an option out of range.
-        AttachError: scope "global" with several processes; another Reselection on the model.
+        ValueError: an option of another type, or out of range.
+        AttachError: masks that were detached; scope "global" with several processes; another
+            Reselection on the model.
 
     Numerics: exactly as many entries are grown as dropped; ties go to the lower flat index. Grown
         entries start at diff 0 with zero moments, while AdamW's step count stays the tensor's:
@@ -123,17 +127,19 @@ class Reselection:
                 f"a Reselection moves the masks of an Attachment, got {type(attachment).__name__}. "
                 "In lottery_ticket, only the sparse phase has one: phase.attachment."
             )
-        for name, value, low in (("every", every, 1), ("accumulate", accumulate, 1)):
-            if value < low:
-                raise ValueError(f"{name} must be at least {low}, got {value}.")
+        attachment._check_active("Reselection")
+        every, accumulate = _integer("every", every), _integer("accumulate", accumulate)
+        steps = None if steps is None else _integer("steps", steps)
+        stop = None if stop is None else _integer("stop", stop, low=0)
+        rate, candidates = _number("rate", rate), _number("candidates", candidates)
         if accumulate > every:
             raise ValueError(
                 f"accumulate={accumulate} steps do not fit between rounds {every} steps apart."
             )
         if not 0.0 < rate < 1.0:
             raise ValueError(f"rate={rate}; it should be above 0 and below 1.")
-        if not candidates >= 1.0:
-            raise ValueError(f"candidates={candidates}; it should be at least 1.")
+        if not 1.0 <= candidates < math.inf:
+            raise ValueError(f"candidates={candidates}; it should be at least 1, and finite.")
         for name, choice, known in (
             ("schedule", schedule, list(RATES)),
             ("scope", scope, ["tensor", "global"]),
@@ -142,7 +148,7 @@ class Reselection:
             if choice not in known:
                 raise ValueError(
                     f"{name}={choice!r} is not one of {', '.join(known)}."
-                    f"{did_you_mean(choice, known)}"
+                    f"{did_you_mean(str(choice), known)}"
                 )
         self.attachment = attachment
         self.every, self.accumulate, self.rate, self.schedule = every, accumulate, rate, schedule
@@ -206,13 +212,14 @@ class Reselection:
 
         Raises:
             ValueError: ``steps`` is not known, and the schedule needs it.
-            AttachError: as `Attachment.reselect_`.
+            AttachError: no optimizer, and as `Attachment.reselect_`.
         """
         if self._end() is None and self.schedule != "constant":
             raise ValueError(
                 f"Reselection(schedule={self.schedule!r}) falls to 0 over the run, whose length "
                 "this trainer does not say: pass steps=."
             )
+        check_optimizer(optimizer)
         self._optimizer = weakref.ref(optimizer)
         self._window.count()
         self._done += 1
@@ -275,14 +282,11 @@ class Reselection:
         done it already. Entries of both the present and the loaded mask keep their diffs meanwhile.
 
         Raises:
-            ResumeError: another format, other options, or other masked parameters.
+            ResumeError: no state, a damaged one, or one of another format, of other options or of
+                other masked parameters.
             MaskError: indices that are no pattern.
         """
-        if state.get("format") != _FORMAT:
-            raise ResumeError(
-                f"a Reselection's state of format {state.get('format')!r} cannot be loaded, wanted "
-                f"{_FORMAT}."
-            )
+        _check_state(state)
         masks = self.attachment.patterns
         settings = state["settings"]
         odd = [k for k in self._given if settings.get(k) != self._given[k]]
@@ -330,13 +334,9 @@ class Reselection:
         """Take back what `tensors` gave."""
         try:
             state = json.loads(bytes(tensors["state"].tolist()))
-            counts = [state["step"], state["rounds"], state["moved"]]
-            whole = isinstance(state["settings"], dict) and all(
-                type(n) is int and n >= 0 for n in counts
-            )
         except (KeyError, TypeError, ValueError, RecursionError):
-            whole = False
-        if not whole:
+            state = None
+        if not isinstance(state, dict):
             raise ResumeError("the Reselection's part of the model's state dict is damaged.")
         for part in ("indices", "candidates", "scores"):
             state[part] = {
@@ -403,6 +403,60 @@ class Reselection:
 
 def _nothing(*args: Any, **kwargs: Any) -> None:
     return None
+
+
+def _integer(name: str, value: Any, low: int = 1) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise ValueError(f"{name} must be an integer, got {value!r}.")
+    if value < low:
+        raise ValueError(f"{name} must be at least {low}, got {value}.")
+    return int(value)
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise ValueError(f"{name} must be a number, got {value!r}.")
+    return float(value)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _has_tensors(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(t, Tensor) for t in value.values())
+
+
+# What a state holds: a test of each part, and what was wanted.
+_PARTS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "settings": (lambda value: isinstance(value, Mapping), "a mapping"),
+    **dict.fromkeys(("step", "rounds", "moved"), (_is_count, "an int of 0 or more")),
+    **dict.fromkeys(("indices", "candidates", "scores"), (_has_tensors, "a mapping to tensors")),
+}
+
+
+def _check_state(state: Any) -> None:
+    """Raise ResumeError for what `Reselection.state_dict` cannot have given."""
+    if not isinstance(state, Mapping):
+        raise ResumeError(
+            f"a Reselection's state is a {type(state).__name__}, wanted what its state_dict() gave."
+        )
+    if state.get("format") != _FORMAT:
+        raise ResumeError(
+            f"a Reselection's state of format {state.get('format')!r} cannot be loaded, wanted "
+            f"{_FORMAT}."
+        )
+    for part, (fits, wanted) in _PARTS.items():
+        if part not in state:
+            got = "is missing"
+        elif fits(state[part]):
+            continue
+        else:
+            got = f"is {state[part]!r:.40}, wanted {wanted}"
+        raise ResumeError(
+            f"the Reselection's state is damaged: {part!r} {got}. Load what state_dict() "
+            "gave, whole."
+        )
 
 
 def _pattern(indices: Tensor, name: str, now: SparsePattern) -> SparsePattern:

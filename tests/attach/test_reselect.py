@@ -142,6 +142,23 @@ def test_two_optimizers_each_move_their_own(tiny, ids, kit):
     assert down["momentum_buffer"].shape == leaves["down.weight"].shape
 
 
+def test_optimizers_that_are_not_passed_follow_where_they_have_stepped(tiny, ids, kit):
+    weights = []
+    for passed in (True, False):
+        model = copy.deepcopy(tiny)
+        sparse = attach(model, {n: kit.masks(tiny)[n] for n in ("up.weight", "down.weight")})
+        optimizer = torch.optim.AdamW(sparse.parameters(), lr=1e-2)
+        train(model, optimizer, ids, kit, steps=2)
+        new = {n: kit.masks(tiny, density=0.6, seed=4)[n] for n in sparse.names}
+        sparse.reselect_(new, optimizer=optimizer if passed else None)
+        train(model, optimizer, ids, kit, steps=2)
+        weights.append(kit.snapshot(model))
+    assert all(torch.equal(t, weights[1][n]) for n, t in weights[0].items())
+    for given, message in (("adam", "got 'adam'"), ([], "names none"), (3, "got int")):
+        with pytest.raises(AttachError, match=message):
+            sparse.reselect_(new, optimizer=given)
+
+
 def test_an_accelerated_optimizer_and_wrapper(tiny, ids, kit):
     accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
     sparse = attach(tiny, kit.masks(tiny))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -10,7 +13,7 @@ from sparseft import SparseAdamW, SparseLion, SparsePattern, SparseSGD, attach
 from sparseft.errors import AttachError, MaskError, StackOrderError
 from sparseft.modules.repattern import repattern_
 from sparseft.modules.storage_stack import Holder, bottom_value, push
-from sparseft.modules.transplant import Moves
+from sparseft.modules.transplant import Moves, stepped
 from sparseft.ops._moments import decode_moment
 
 OPTIMIZERS = {
@@ -210,6 +213,57 @@ def test_a_loss_that_is_still_alive_does_not_expect_the_old_size():
     del loss
 
 
+@pytest.mark.parametrize("kind", ["foreach", "eight_bit", "momentum"])
+@pytest.mark.parametrize("count", [600, 450], ids=["same_count", "fewer"])
+def test_an_optimizer_that_was_not_passed_but_has_stepped_follows(kind, count):
+    runs = []
+    for passed in (True, False):
+        model, base, _, masked = attached()
+        optimizer = OPTIMIZERS[kind]([masked.leaf])
+        train(model, optimizer)
+        new = pattern_of(base.shape, count, 2)
+        repattern_([(masked, new)], [optimizer] if passed else None)
+        train(model, optimizer, seed=1)
+        runs.append(model.weight.detach().clone())
+    assert torch.equal(*runs)
+
+
+def test_state_moves_once_and_only_of_optimizers_that_stepped():
+    model, base, _, masked = attached()
+    leaf = masked.leaf
+    optimizer = torch.optim.AdamW([leaf], lr=1e-2)
+    train(model, optimizer)
+
+    class Wrapper:
+        """What accelerate makes of one: not a step of its own, the same state."""
+
+        param_groups, state = optimizer.param_groups, optimizer.state
+
+    loaded = torch.optim.AdamW([leaf], lr=1e-2)
+    loaded.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    as_loaded = loaded.state[leaf]["exp_avg"].clone()
+    before = by_entry(masked, optimizer.state[leaf]["exp_avg"])
+    new = pattern_of(base.shape, 600, 2)
+    repattern_([(masked, new)], [Wrapper(), optimizer])
+    wanted = {i: before.get(i, 0.0) for i in new.indices.tolist()}
+    assert by_entry(masked, optimizer.state[leaf]["exp_avg"]) == wanted
+    assert torch.equal(loaded.state[leaf]["exp_avg"], as_loaded)
+    other = OPTIMIZERS["adamw"]([nn.Parameter(torch.zeros(2))])
+    with pytest.raises(AttachError, match="in no group"):  # what is passed is still checked
+        repattern_([(masked, pattern_of(base.shape, 600, 3))], other)
+
+
+def test_optimizers_that_stepped_are_remembered_weakly():
+    model, _, _, masked = attached()
+    optimizer = torch.optim.SGD([masked.leaf], lr=1e-2)
+    assert not any(known is optimizer for known in stepped())
+    train(model, optimizer, steps=2)
+    assert sum(known is optimizer for known in stepped()) == 1
+    alive = weakref.ref(optimizer)
+    del optimizer
+    assert alive() is None
+
+
 def test_refusals_come_before_any_change():
     model, base, _, masked = attached()
     optimizer = torch.optim.AdamW([masked.leaf], lr=1e-2)
@@ -219,7 +273,12 @@ def test_refusals_come_before_any_change():
     other = torch.optim.SGD([nn.Parameter(torch.zeros(2))], lr=0.1)
     with pytest.raises(AttachError, match=r"leaf of 'weight' is in no group .*SGD"):
         repattern_([(masked, new)], [other])
+    for given, message in (("adam", "got 'adam'"), ([], "names none"), ([None], "got NoneType")):
+        with pytest.raises(AttachError, match=message):
+            repattern_([(masked, new)], given)
     optimizer.state[masked.leaf]["history"] = [torch.zeros(600)]
+    with pytest.raises(AttachError, match=r"AdamW keeps 'history' .* as a list"):
+        repattern_([(masked, new)], None)
     with pytest.raises(AttachError, match=r"AdamW keeps 'history' .* as a list"):
         repattern_([(masked, new)], [optimizer])
     optimizer.state[masked.leaf]["history"] = torch.zeros(600, dtype=torch.uint8)

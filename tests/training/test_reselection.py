@@ -309,9 +309,19 @@ def test_options_out_of_range_are_named():
         ({"schedule": "lineer"}, "schedule='lineer' is not one of .*'linear'"),
         ({"scope": "row"}, "scope='row'"),
         ({"drop": "grad"}, "drop='grad'"),
+        ({"drop": None}, "drop=None is not one of"),
+        ({"schedule": None}, "schedule=None is not one of"),
+        ({"every": "20"}, "every must be an integer, got '20'"),
+        ({"accumulate": True}, "accumulate must be an integer, got True"),
+        ({"rate": "0.2"}, "rate must be a number, got '0.2'"),
+        ({"candidates": math.inf}, "candidates=inf; it should be .*finite"),
+        ({"steps": "100"}, "steps must be an integer, got '100'"),
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"steps": -4}, "steps must be at least 1, got -4"),
+        ({"stop": -1}, "stop must be at least 0, got -1"),
     ):
         with pytest.raises(ValueError, match=message):
-            Reselection(sparse, steps=10, **options)
+            Reselection(sparse, **{"steps": 10, **options})
     with pytest.raises(AttachError, match="got NoneType. In lottery_ticket"):
         Reselection(None, steps=10)
     moving = Reselection(sparse)
@@ -319,6 +329,26 @@ def test_options_out_of_range_are_named():
         Reselection(sparse, steps=10)
     with pytest.raises(ValueError, match="pass steps="):
         moving.step(torch.optim.SGD(sparse.parameters(), lr=0.1))
+    moving.close()
+    moving = Reselection(sparse, steps=10)
+    for given, name in ((None, "NoneType"), ("adam", "'adam'"), ([], "list")):
+        with pytest.raises(AttachError, match=f"wanted the optimizer .*, got {name}"):
+            moving.step(given)
+    assert moving.state_dict()["step"] == 0
+    sparse.detach()
+    with pytest.raises(AttachError, match="Reselection: these masks were detached"):
+        Reselection(sparse, steps=10)
+
+
+def test_options_may_be_numbers_of_other_types():
+    np = pytest.importorskip("numpy", reason="numpy is not installed")
+    student, _, _, start = kit.teacher_and_student()
+    moving = Reselection(
+        attach(student, start), every=np.int64(4), steps=np.int32(8), rate=np.float32(0.5),
+        accumulate=2, candidates=4,
+    )  # fmt: skip
+    moving.load_tensors(moving.tensors())  # JSON inside
+    assert moving.state_dict()["settings"]["every"] == 4
 
 
 def test_a_diverged_run_is_stopped_by_the_trainer(tmp_path):

@@ -135,6 +135,14 @@ def test_states_of_other_runs_are_refused(tmp_path):
     wild = {**state["indices"], "layer.weight": torch.tensor([5, 4])}
     with pytest.raises(MaskError, match="state of 'layer.weight'.*not fit"):
         moving.load_state_dict({**state, "indices": wild})
+    with pytest.raises(ResumeError, match="state is a NoneType"):
+        moving.load_state_dict(None)
+    without = {k: v for k, v in state.items() if k != "settings"}
+    with pytest.raises(ResumeError, match="'settings' is missing. Load what"):
+        moving.load_state_dict(without)
+    for part, value in (("step", "4"), ("moved", -1), ("indices", {"layer.weight": [1]})):
+        with pytest.raises(ResumeError, match=f"damaged: '{part}' is .*wanted"):
+            moving.load_state_dict({**state, part: value})
     damaged = {**moving.tensors(), "state": torch.tensor(list(b"[1]"), dtype=torch.uint8)}
     with pytest.raises(ResumeError, match="is damaged"):
         moving.load_tensors(damaged)
@@ -147,3 +155,41 @@ def test_states_of_other_runs_are_refused(tmp_path):
     trainer.train()
     with pytest.raises(ResumeError, match="trainer is at step 0, its Reselection at 4"):
         trainer.train()
+
+
+@pytest.mark.parametrize("compact", [False, True])
+def test_loading_without_a_reselection_says_what_to_make(compact):
+    def build():
+        student, teacher, _, start = kit.teacher_and_student()
+        return student, kit.Pairs(teacher), attach(student, start, compact_state_dict=compact)
+
+    def options(sparse):
+        return Reselection(sparse, steps=40, every=2, accumulate=1, rate=0.4)
+
+    student, data, sparse = build()
+    optimizer, moving = torch.optim.SGD(sparse.parameters(), lr=0.5), options(sparse)
+    unmoved = {n: t.clone() for n, t in student.state_dict().items()}
+    for _ in range(2):
+        kit.mse(student, (data.x, data.y)).backward()
+        moving.step(optimizer)
+        optimizer.step()
+    assert moving.moved
+    saved = student.state_dict()
+
+    fresh, _, again = build()
+    before = kit.bits(fresh)
+    fresh.load_state_dict(unmoved, strict=False)  # no mask differs: nothing to refuse
+    with pytest.raises(ResumeError, match=r"masks moved in training .*Make Reselection\(") as error:
+        fresh.load_state_dict(saved, strict=False)
+    assert "_sparseft_moving.* keys" in str(error.value)
+    assert kit.same(kit.bits(fresh), before)
+    wrapped = torch.nn.ModuleDict({"inner": fresh})  # as DistributedDataParallel puts a name before
+    with pytest.raises(ResumeError, match=r"its inner\._sparseft_moving\."):
+        wrapped.load_state_dict({f"inner.{n}": t for n, t in saved.items()}, strict=False)
+    options(again)
+    fresh.load_state_dict(saved, strict=False)
+    assert again.adapter().digest == sparse.adapter().digest
+    hooks = fresh._load_state_dict_pre_hooks, fresh._state_dict_hooks
+    assert all(hooks)
+    again.detach()
+    assert not any(hooks)
