@@ -66,9 +66,9 @@ def plot_results(results: Results, path: str | Path, metric: str) -> None:
     axes.set_axisbelow(True)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    figure.legend(
-        loc="outside lower center", ncols=min(4, len(summaries)), frameon=False, fontsize=9
-    )
+    longest = max((len(s.label) for s in summaries), default=1)
+    columns = max(1, min(4, len(summaries), round(8 * figure.get_figwidth()) // (6 + longest)))
+    figure.legend(loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
     buffer = io.BytesIO()
     # matplotlib writes its version into the file otherwise; the same results give the same bytes.
     figure.savefig(buffer, format="png", metadata={"Software": None})
