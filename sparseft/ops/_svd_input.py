@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from sparseft.errors import DecompositionError
 
-__all__ = ["gathered", "labels_of", "wide_and_near_one"]
+__all__ = ["DTYPES", "gathered", "labels_of", "wide_and_near_one"]
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 # Sizes of the largest entry beyond which a matrix is scaled: squares of fp64 data overflow from
 # 2**512, fp32 products of fp32 data from about 2**110.
@@ -20,6 +22,11 @@ def labels_of(count: int, names: Sequence[str] | None) -> list[str]:
     """Return what messages call each matrix."""
     if names is None:
         return [f"matrix {i}" for i in range(count)]
+    if isinstance(names, str):
+        raise DecompositionError(
+            f"truncated_svd: names is the string {names!r}; wanted one name each, such as "
+            f"[{names!r}]."
+        )
     if len(names) != count:
         raise DecompositionError(
             f"truncated_svd: {len(names)} names for {count} matrices; wanted one each."
@@ -31,8 +38,8 @@ def gathered(matrices: Tensor | Sequence[Tensor], names: Sequence[str] | None) -
     """Return one (B, m, n) tensor: the one given, or a sequence stacked.
 
     Raises:
-        DecompositionError: not three dimensions, not floating, shapes, dtypes or devices that
-            differ, or an empty sequence (its shape is unknown).
+        DecompositionError: no tensors, not three dimensions, not floating, shapes, dtypes or
+            devices that differ, or an empty sequence (its shape is unknown).
     """
     if isinstance(matrices, Tensor):
         if matrices.ndim != 3:
@@ -43,6 +50,17 @@ def gathered(matrices: Tensor | Sequence[Tensor], names: Sequence[str] | None) -
         labels_of(len(matrices), names)
         _check_dtype("matrices", matrices)
         return matrices
+    if isinstance(matrices, Mapping):
+        raise DecompositionError(
+            "truncated_svd: matrices is a dict; wanted a tensor (B, m, n) or a sequence of "
+            "matrices: pass list(matrices.values()) with names=list(matrices), or use "
+            "sparseft.ops.plan_svd where shapes differ."
+        )
+    if not isinstance(matrices, Iterable) or hasattr(matrices, "__array__"):
+        raise DecompositionError(
+            f"truncated_svd: matrices is a {type(matrices).__name__}; wanted a tensor (B, m, n) or "
+            "a sequence of matrices. torch.as_tensor makes a tensor of an array."
+        )
     matrices = list(matrices)
     if not matrices:
         raise DecompositionError(
@@ -66,7 +84,12 @@ def gathered(matrices: Tensor | Sequence[Tensor], names: Sequence[str] | None) -
 
 
 def _check_dtype(what: str, x: Tensor) -> None:
-    if x.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+    if not isinstance(x, Tensor):
+        raise DecompositionError(
+            f"truncated_svd: {what} is a {type(x).__name__}; wanted a tensor, torch.as_tensor "
+            "makes one of an array."
+        )
+    if x.dtype not in DTYPES:
         raise DecompositionError(
             f"truncated_svd: {what} has dtype {x.dtype}; wanted float64, float32, bfloat16 or "
             "float16."

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Any, Literal
 
 import torch
@@ -21,7 +22,14 @@ from sparseft.ops._common import accumulation_dtype
 from sparseft.ops._exact_svd import GRAM_ENTRIES
 from sparseft.ops._rank_rules import RankRule
 from sparseft.ops._sketch import SKETCH_ROWS
-from sparseft.ops.truncated_svd import Method, TruncatedSVD, choose_method, truncated_svd
+from sparseft.ops._svd_input import DTYPES
+from sparseft.ops.truncated_svd import (
+    Method,
+    TruncatedSVD,
+    check_options,
+    choose_method,
+    truncated_svd,
+)
 
 __all__ = ["SvdChunk", "SvdPlan", "plan_svd"]
 
@@ -195,9 +203,9 @@ def plan_svd(
             chunk of its own whose ``bytes`` say so.
 
     Raises:
-        DecompositionError: a tensor that is no matrix, or (``"refuse"``) one that alone needs more
-            than the memory; names it.
-        OptionError: as `truncated_svd`; memory that is no number of bytes.
+        DecompositionError: a tensor that is no matrix, a tensor in place of a shape, or
+            (``"refuse"``) one that alone needs more than the memory; names it.
+        OptionError: as `truncated_svd`; another dtype; memory that is no number of bytes.
 
     Example:
         >>> plan = plan_svd({"up": (8, 4), "down": (4, 8), "query": (4, 4)}, rank=2)
@@ -211,14 +219,15 @@ def plan_svd(
         budget = parse_bytes(memory)
     except ValueError as error:
         raise OptionError(f"plan_svd: memory: {error}") from None
+    check_options(method, seed, power_iterations, oversample, who="plan_svd")
+    if dtype not in DTYPES:
+        raise OptionError(
+            f"plan_svd: dtype is {dtype!r}; wanted torch.float64, float32, bfloat16 or float16."
+        )
     work = accumulation_dtype(dtype)
     groups: dict[tuple[int, int], list[tuple[str, bool]]] = {}
     for name, shape in shapes.items():
-        if len(shape) != 2:
-            raise DecompositionError(
-                f"plan_svd: {name!r} has shape {tuple(shape)}; wanted a matrix, leave it out."
-            )
-        m, n = int(shape[0]), int(shape[1])
+        m, n = _sides(name, shape)
         groups.setdefault((min(m, n), max(m, n)), []).append((name, m > n))
     chunks = []
     for shape, members in groups.items():
@@ -243,6 +252,24 @@ def plan_svd(
         "seed": seed, "power_iterations": power_iterations, "oversample": oversample,
     }  # fmt: skip
     return SvdPlan(tuple(chunks), work, options)
+
+
+def _sides(name: str, shape: Sequence[int]) -> tuple[int, int]:
+    if isinstance(shape, Tensor) or hasattr(shape, "__array__"):
+        raise DecompositionError(
+            f"plan_svd: {name!r} is a {type(shape).__name__}; wanted shapes, such as "
+            "{name: x.shape for name, x in matrices.items() if x.ndim == 2}."
+        )
+    sizes = tuple(shape)
+    if not all(isinstance(x, Integral) and x >= 0 for x in sizes):
+        raise DecompositionError(
+            f"plan_svd: {name!r} has shape {sizes!r}; wanted two integers of 0 or more."
+        )
+    if len(sizes) != 2:
+        raise DecompositionError(
+            f"plan_svd: {name!r} has shape {sizes}; wanted a matrix, leave it out."
+        )
+    return int(sizes[0]), int(sizes[1])
 
 
 def _bytes_needed(

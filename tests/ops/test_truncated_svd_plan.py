@@ -79,6 +79,19 @@ class TestPlan:
             ops.plan_svd({"a": (3, 3)}, rank=1, memory="1 lot")
         with pytest.raises(OptionError, match="wanted exactly one of"):
             ops.plan_svd({"a": (3, 3)})
+        for options, message in (
+            ({"method": "blok"}, "plan_svd: method is 'blok'.*Did you mean 'block'"),
+            ({"dtype": torch.int32}, "dtype is torch.int32; wanted torch.float64, float32"),
+            ({"dtype": "float32"}, "dtype is 'float32'; wanted torch.float64"),
+            ({"oversample": "x"}, "plan_svd: oversample is 'x'; wanted an integer"),
+            ({"seed": -1}, "plan_svd: seed is -1"),
+        ):
+            with pytest.raises(OptionError, match=message):
+                ops.plan_svd({"a": (300, 300)}, rank=1, **options)
+        with pytest.raises(DecompositionError, match=r"'w' is a Tensor; wanted shapes, such as"):
+            ops.plan_svd({"w": torch.ones(3, 4)}, rank=1)
+        with pytest.raises(DecompositionError, match=r"'w' has shape \(2\.5, 4\); wanted two int"):
+            ops.plan_svd({"w": (2.5, 4)}, rank=1)
         assert ops.plan_svd({}, rank=1).chunks == ()
         assert ops.plan_svd({}, rank=1).bytes == 0
 
