@@ -18,9 +18,15 @@ from sparseft.ops import StreamingTopK
 from sparseft.ops._common import accumulation_dtype
 from sparseft.ops.topk import flat_part
 
-__all__ = ["Rule", "TensorSums"]
+__all__ = ["OVERFLOW", "Rule", "TensorSums"]
 
 logger = logging.getLogger(__name__)
+
+# What to do about gradients that are not finite though the loss is.
+OVERFLOW = (
+    "fp16 overflows above 65,504, squares of fp32 above 1.8e19: run the model in fp32 or bf16, or "
+    "divide the loss by a constant, which changes no order."
+)
 
 
 class Rule(NamedTuple):
@@ -30,13 +36,13 @@ class Rule(NamedTuple):
         square: square each batch's gradient first.
         weighted: rank candidates by the sum times the weight.
         accumulate: several backward calls may make one batch.
-        skip_nan: choose no candidates by a gradient that holds NaN, instead of raising.
+        skip: choose no candidates by a gradient that is NaN or infinite, instead of raising.
     """
 
     square: bool
     weighted: bool
     accumulate: bool
-    skip_nan: bool
+    skip: bool
 
 
 class TensorSums:
@@ -216,18 +222,17 @@ class TensorSums:
                 part = flat_part(self.weight.detach(), slice(start, start + tile.numel()))
                 tile.mul_(part)
             tile = self._without_excluded(start, tile)
-            try:
-                top.add(str(len(ordinals)), tile, abs=True)
-            except MaskError:
-                said = f"the gradient of {self.name!r} is NaN in the first batch"
-                if not self._rule.skip_nan:
+            if not _is_finite(tile):  # over all processes, so each comes here
+                said = f"the gradient of {self.name!r} is NaN or infinite in the first batch"
+                if not self._rule.skip:
                     raise MaskError(
                         f"{said}; candidates cannot be ranked by it. Is the loss finite there in "
-                        "every row?"
-                    ) from None
+                        f"every row? {OVERFLOW}"
+                    )
                 logger.warning("%s: it has no candidates", said)
                 self.give_up_choosing()
                 return
+            top.add(str(len(ordinals)), tile, abs=True)
             ordinals.append(seen)
             seen += tile.numel()
         found = zip(top.finish().values(), ordinals, strict=True)
@@ -249,3 +254,8 @@ class TensorSums:
         keep = torch.ones(tile.numel(), dtype=torch.bool, device=tile.device)
         keep[indices[lo:hi].long() - start] = False
         return tile[keep]
+
+
+def _is_finite(tile: Tensor) -> bool:
+    """Whether no entry is NaN or infinite, in one read and without a mask as long as the tile."""
+    return not tile.numel() or bool(torch.isfinite(torch.stack(torch.aminmax(tile))).all())

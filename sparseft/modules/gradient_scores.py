@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
+from numbers import Integral
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -22,9 +23,10 @@ from sparseft.modules._gradient_taps import put_taps
 from sparseft.modules._gradient_tiles import Scratch
 from sparseft.modules.names import ParameterIndex
 
-__all__ = ["GradientScores", "Statistic", "TensorScores"]
+__all__ = ["GradientScores", "NonFinite", "Statistic", "TensorScores"]
 
 Statistic = Literal["sum", "square"]
+NonFinite = Literal["raise", "skip"]
 
 
 class TensorScores(NamedTuple):
@@ -73,8 +75,9 @@ class GradientScores:
         weighted: rank candidates by the gradient times the weight.
         accumulate: several backward calls make one batch. Candidates are then chosen by the first
             of them; "square" with all entries keeps a second dense tensor for each weight.
-        skip_nan: a tensor whose gradient holds NaN when its candidates are chosen (a loss scale
-            that was too large) has none, and a warning says so; otherwise that is an error.
+        nonfinite: what becomes of a tensor whose gradient is NaN or infinite somewhere when its
+            candidates are chosen (a loss scale that was too large). "raise": an error; "skip": it
+            has none, and a warning says so. Sums are not looked at: they hold what came.
         group: process group whose processes add up; None: the default one, if
             ``torch.distributed`` is initialised; False: none. Candidates are chosen together: in
             the first batch, each tile is summed over the processes before it is ranked (as much
@@ -88,7 +91,7 @@ class GradientScores:
     Raises:
         UnknownNameError: a name that is no parameter.
         MaskError: candidates or exclude that do not fit; a weight that is not floating; in
-            backward, a gradient with NaN that candidates are to be chosen by.
+            backward, a gradient that is not finite where candidates are to be chosen by it.
 
     Memory, besides what the model's own forward and backward take without weight gradients: a tile
     (4 MiB on CPUs, 64 MiB on GPUs), the sums, and for "square" one more value a candidate. A weight
@@ -113,18 +116,22 @@ class GradientScores:
         exclude: Mapping[str, SparsePattern] | None = None,
         weighted: bool = False,
         accumulate: bool = False,
-        skip_nan: bool = False,
+        nonfinite: NonFinite = "raise",
         group: Group = None,
     ) -> None:
-        if statistic not in get_args(Statistic):
-            raise MaskError(
-                f"statistic={statistic!r} is not one of {', '.join(get_args(Statistic))}."
-                f"{did_you_mean(str(statistic), get_args(Statistic))}"
-            )
+        for what, given, kind in (
+            ("statistic", statistic, Statistic),
+            ("nonfinite", nonfinite, NonFinite),
+        ):
+            if given not in get_args(kind):
+                raise MaskError(
+                    f"{what}={given!r} is not one of {', '.join(get_args(kind))}."
+                    f"{did_you_mean(str(given), get_args(kind))}"
+                )
         self._model = model
         self._index = index = ParameterIndex(model)
         self._ranks = Ranks(group)
-        rule = Rule(statistic == "square", weighted, accumulate, skip_nan)
+        rule = Rule(statistic == "square", weighted, accumulate, nonfinite == "skip")
         scratch = Scratch()
         names = list(dict.fromkeys(index.resolve(name) for name in parameters))
         found = None if candidates is None else {index.resolve(n): c for n, c in candidates.items()}
@@ -254,7 +261,8 @@ def _checked(
                 f"{tuple(weight.shape)}."
             )
         return wanted.to(weight.device)
-    if what == "exclude" or isinstance(wanted, bool) or not isinstance(wanted, int) or wanted < 0:
+    integer = isinstance(wanted, Integral) and not isinstance(wanted, bool)
+    if what == "exclude" or not integer or int(wanted) < 0:
         kinds = "a SparsePattern" if what == "exclude" else "a number of entries or a SparsePattern"
         raise MaskError(f"{what} of {name!r} is {wanted!r}, wanted {kinds}.")
-    return wanted
+    return int(wanted)

@@ -10,17 +10,20 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import islice
+from numbers import Real
 from typing import Any, Literal, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sparseft.errors import DataError, NonFiniteLossError, OptionError
+from sparseft.errors import DataError, MaskError, NonFiniteLossError, OptionError
 from sparseft.modules import GradientScores, ParameterIndex
+from sparseft.modules._gradient_sums import OVERFLOW
 from sparseft.modules.gradient_scores import Statistic, TensorScores
 from sparseft.ops import gather_entries
 from sparseft.ops.topk import flat_part
+from sparseft.selection.counts import is_integer
 from sparseft.selection.registry import Candidates, Piece, pieces_of
 
 __all__ = ["LossFn", "Shortlist", "gradient_pieces"]
@@ -70,8 +73,9 @@ def gradient_pieces(
         OptionError: options of the wrong kind.
         DataError: no batches; a loss that is no scalar, or that no candidate is part of.
         NonFiniteLossError: a loss is NaN or infinite; names the batch.
+        MaskError: gradients that are not finite though the loss is; names the tensor.
     """
-    _check_options(batches, max_batches)
+    _check_options(batches, max_batches, loss_fn)
     model = candidates.model
     loss_fn = _model_loss if loss_fn is None else loss_fn
     scores = GradientScores(
@@ -111,12 +115,13 @@ def _pieces(
     name, pattern, sums = total
     if pattern is None:
         for part in pieces_of(sums.numel()):
-            yield Piece(
-                name, part.start, score(sums[part], flat_part(weight, part).to(sums), batches)
-            )
+            scores = score(sums[part], flat_part(weight, part).to(sums), batches)
+            _check_finite(name, scores, batches, part.start)
+            yield Piece(name, part.start, scores)
         return
     indices = pattern.indices.long()
     values = score(sums, gather_entries(weight, pattern.indices).to(sums), batches)
+    _check_finite(name, values, batches, indices)
     parts = list(pieces_of(weight.numel()))
     edges = torch.tensor([0, *(part.stop for part in parts)], device=indices.device)
     bounds = torch.searchsorted(indices, edges).tolist()
@@ -126,15 +131,37 @@ def _pieces(
         yield Piece(name, part.start, scores)
 
 
-def _check_options(batches: Any, max_batches: Any) -> None:
+def _check_finite(name: str, scores: Tensor, batches: int, places: Tensor | int) -> None:
+    """Refuse overflown sums: infinite ones would rank first. ``places``: of the scores, or of the
+    first of them.
+    """
+    finite = torch.isfinite(scores)
+    if not bool(finite.all()):
+        first = int((~finite).to(torch.uint8).argmax())
+        at = places + first if isinstance(places, int) else int(places[first])
+        raise MaskError(
+            f"the gradient of {name!r} gives the score {float(scores[first])} at flat index "
+            f"{at} after {batches} batches, though the loss is finite. {OVERFLOW}"
+        )
+
+
+def _check_options(batches: Any, max_batches: Any, loss_fn: Any) -> None:
+    if torch.is_inference_mode_enabled():
+        raise OptionError(
+            "gradients are needed, but under torch.inference_mode() there are none. Select outside "
+            "of it; torch.no_grad() does no harm."
+        )
+    if loss_fn is not None and not callable(loss_fn):
+        raise OptionError(
+            f"loss_fn is {loss_fn!r}, wanted a function (model, batch) -> scalar loss, or None for "
+            "model(**batch).loss."
+        )
     if isinstance(batches, Mapping | Tensor | str) or not isinstance(batches, Iterable):
         raise OptionError(
             f"batches is {type(batches).__name__}, wanted an iterable of batches: a DataLoader, or "
             "a list of what loss_fn takes ([batch] for a single one)."
         )
-    if max_batches is not None and (
-        isinstance(max_batches, bool) or not isinstance(max_batches, int) or max_batches < 1
-    ):
+    if max_batches is not None and (not is_integer(max_batches) or int(max_batches) < 1):
         raise OptionError(
             f"max_batches is {max_batches!r}, wanted an integer >= 1 or None for all."
         )
@@ -145,9 +172,18 @@ def _counts(candidates: Candidates, shortlist: Shortlist, nnz: int | None) -> di
     if shortlist == "auto":
         whole = nnz is None or candidates.numel <= max(_EXACT, 3 * _MULTIPLE * nnz)
         shortlist = None if whole else _MULTIPLE
+        if not whole:
+            logger.warning(
+                "shortlist='auto': of %s candidates, gradients are summed at %g times the %s "
+                "entries to keep, chosen in the first batch; the mask differs from that of exact "
+                "sums, which shortlist=None makes in 4 bytes an entry. shortlist=%g says the same "
+                "without this warning.",
+                f"{candidates.numel:,}", _MULTIPLE, f"{nnz:,}", _MULTIPLE,
+            )  # fmt: skip
     if shortlist is None:
         return None
-    if isinstance(shortlist, bool | str) or not shortlist >= 1:
+    number = isinstance(shortlist, Real) and not isinstance(shortlist, bool)
+    if not number or not 1 <= float(shortlist) < math.inf:
         raise OptionError(
             f"shortlist is {shortlist!r}, wanted a multiple >= 1 of the entries to keep, None for "
             "all entries, or 'auto'."
@@ -157,7 +193,7 @@ def _counts(candidates: Candidates, shortlist: Shortlist, nnz: int | None) -> di
             f"shortlist={shortlist} is a multiple of the entries to keep, but a structure ranks "
             "sums over all entries. Leave it out, or give None."
         )
-    each = shortlist * nnz / max(1, candidates.numel)
+    each = float(shortlist) * nnz / max(1, candidates.numel)
     return {
         # Vectors (biases, norms) are small, and their gradients are often the largest.
         name: p.numel() if p.ndim < 2 else min(p.numel(), math.ceil(each * p.numel()))
@@ -235,9 +271,17 @@ def _to_device(batch: Any, device: torch.device) -> Any:
 
 @contextmanager
 def _left_alone(model: nn.Module, train: bool) -> Iterator[None]:
-    """Let nothing require grad, in one mode; put back both, and every generator's state."""
+    """Let nothing require grad, in one mode; put back both, the global generators' state, and the
+    buffers that train mode writes (running means of norms).
+    """
     modes = [(module, module.training) for module in model.modules()]
     trained = [p for p in model.parameters() if p.requires_grad]
+    buffers = [
+        (module, name, buffer, buffer.detach().clone())
+        for module in (model.modules() if train else ())
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
     python, numpy = random.getstate(), np.random.get_state()
     gpus = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     # Gradients of weights are none of DDP's business here: only sums are exchanged.
@@ -252,6 +296,10 @@ def _left_alone(model: nn.Module, train: bool) -> Iterator[None]:
         finally:
             for module, mode in modes:
                 module.training = mode
+            for module, name, buffer, before in buffers:
+                module._buffers[name] = buffer
+                with torch.no_grad():  # batch_norm writes without a new _version
+                    buffer.copy_(before)
             for parameter in trained:
                 parameter.requires_grad_(True)
             random.setstate(python)

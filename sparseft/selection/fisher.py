@@ -34,8 +34,9 @@ def select_fisher(
     that.
 
     Args:
-        candidates: parameters. The model is left as it was: values, modes, what requires grad, any
-            ``.grad``, every generator's state. Masks may be attached.
+        candidates: parameters. The model is left as it was: values, buffers, modes, what requires
+            grad, any ``.grad``; so are the global generators of torch, numpy and Python (one of the
+            DataLoader's own goes on). Masks may be attached.
         batches: what ``loss_fn`` takes; tensors are moved to the model's device. An iterator is
             read once, and only as far as ``max_batches``.
         loss_fn: (model, batch) -> scalar loss; default ``model(**batch).loss``.
@@ -45,8 +46,10 @@ def select_fisher(
             whole. An entry that is not on it ranks last, so the first batch should be a large one.
             None: all entries are summed, exactly, in 4 bytes each. "auto": None for up to 537
             million candidates (2 GiB), for densities above 3 %, and for structures, which sum
-            scores; else 10. For scope "row" give None: each row needs entries of its own.
-        train: run the model in train mode (dropout draws, from the generators as they are).
+            scores; else 10, which is logged as a warning. For scope "row" give None: each
+            row needs entries of its own.
+        train: run the model in train mode (dropout draws, from the generators as they are; running
+            means are put back).
         group: processes whose batches count together, so that all choose the same entries; None:
             all, where ``torch.distributed`` is initialised; False: this one alone.
         nnz: filled in by `select`.
@@ -55,6 +58,7 @@ def select_fisher(
         OptionError: batches that are no iterable, a model without forward and no loss_fn.
         DataError: no batches; a loss that is no scalar or depends on no candidate.
         NonFiniteLossError: a loss is NaN or infinite; names the batch.
+        MaskError: gradients, or their squares, that overflow; names the tensor.
 
     Memory and numerics: as `sparseft.modules.GradientScores`; no dense gradient of a Linear,
     Embedding or Conv1D weight is formed. Scores of one seed, machine and thread count repeat bit

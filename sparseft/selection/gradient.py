@@ -44,7 +44,7 @@ def select_gradient(
 
     Raises:
         OptionError: another ``kind``; as ``fisher``.
-        DataError, NonFiniteLossError: as ``fisher``.
+        DataError, NonFiniteLossError, MaskError: as ``fisher``.
 
     Example:
         >>> import sparseft, torch

@@ -6,23 +6,18 @@ on with. The first step names the candidates, the others look only there.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sparseft.diff import SparsePattern
-from sparseft.errors import MaskError
-from sparseft.modules._gradient_sums import TensorSums
 from sparseft.modules.gradient_scores import GradientScores
 from sparseft.training.drop_and_grow import Found
 
 __all__ = ["Window"]
-
-logger = logging.getLogger(__name__)
 
 
 class Window:
@@ -65,10 +60,9 @@ class Window:
             statistic="sum",
             candidates=candidates,
             exclude={n: patterns[n] for n in candidates},
+            nonfinite="skip",  # the loss scale was too large, and the step is skipped as well
             group=self._group,
         )
-        for sums in self._tap._sums:
-            _pass_over_nan(sums)
         self._undo.enter_context(_uncompiled())
         self._undo.enter_context(self._tap)
 
@@ -122,22 +116,3 @@ def _uncompiled() -> Iterator[None]:
         _eager.pop()
         if len(_eager) == 1:
             _eager.pop().__exit__(None, None, None)
-
-
-def _pass_over_nan(sums: TensorSums) -> None:
-    """Name no candidates, instead of raising, where the gradient they are named by has NaN.
-
-    A loss scale that is too large gives such gradients now and then, and its step is skipped.
-    """
-    choose = sums._choose
-
-    def choose_or_none(tiles: Iterable[tuple[int, Tensor]]) -> None:
-        try:
-            choose(tiles)
-        except MaskError:
-            logger.warning(
-                "gradients of %r are NaN; its mask stays until the next round", sums.name
-            )
-            sums.give_up_choosing()
-
-    setattr(sums, "_choose", choose_or_none)  # noqa: B010  # mypy: not a method's place

@@ -425,18 +425,21 @@ def test_weights_without_a_gradient_are_named():
         assert scores.unreached == ["unused.weight"]
 
 
-def test_nan_is_named(caplog):
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf], ids=str)
+def test_gradients_that_are_not_finite_are_named(bad, caplog):
     model = nn.Linear(4, 4)
     with GradientScores(model, ["weight"], candidates={"weight": 3}):
-        with pytest.raises(MaskError, match="gradient of 'weight' is NaN"):
-            (model(torch.randn(2, 4)) * torch.nan).sum().backward()
-    names = ["weight", "bias"]
-    with GradientScores(model, names, candidates=dict.fromkeys(names, 3), skip_nan=True) as scores:
-        for factor in (torch.tensor([torch.nan, 1, 1, 1]), 1):
+        with pytest.raises(MaskError, match="gradient of 'weight' is NaN or infinite.* fp32 or bf"):
+            (model(torch.rand(2, 4)) * torch.tensor([bad, 1, 1, 1])).sum().backward()
+    names, skip = ["weight", "bias"], {"nonfinite": "skip"}
+    with GradientScores(model, names, candidates=dict.fromkeys(names, 3), **skip) as scores:
+        for factor in (torch.tensor([bad, 1, 1, 1]), 1):
             (model(torch.randn(2, 4)) * factor).sum().backward()
             scores.step()
     assert [values.numel() for _, values in scores.finish().values()] == [0, 0]
-    assert "the gradient of 'weight' is NaN in the first batch: it has no candidates" in caplog.text
+    assert "'weight' is NaN or infinite in the first batch: it has no candidates" in caplog.text
+    with pytest.raises(MaskError, match="nonfinite='skp' is not one of raise, skip.*'skip'"):
+        GradientScores(model, names, nonfinite="skp")
 
 
 @pytest.mark.gpu

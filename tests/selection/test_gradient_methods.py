@@ -277,6 +277,73 @@ def test_misuse_is_named():
         select(model, "fisher", nnz=5, batches=batches)
 
 
+@pytest.mark.parametrize("shortlist", [None, 2], ids=["all", "listed"])
+@pytest.mark.parametrize("method", ["fisher", "gradient"])
+def test_overflown_gradients_of_a_finite_loss_are_named(method, shortlist):
+    """Infinite ones would rank first: of fp16, and of squares in fp32."""
+    fp16 = (nn.Linear(8, 10, bias=False).half(), 3e4)
+    fp32 = (nn.Linear(8, 10, bias=False), 1e25)
+    for layer, scale in (fp16, fp32) if method == "fisher" else (fp16,):
+        x = torch.ones(4, 8, dtype=layer.weight.dtype)
+
+        def loss_fn(model, scale, x=x):
+            return (model(x).float() * torch.arange(10) * scale).sum()
+
+        given = {"nnz": 5, "loss_fn": loss_fn, "shortlist": shortlist}
+        with pytest.raises(MaskError, match="gradient of 'weight'.*inf.*fp32 or bf16, or divide"):
+            select(layer, method, batches=[scale], **given)
+        # The first batch is fine, so there are candidates; what they sum up to later is not.
+        with pytest.raises(MaskError, match="score inf at flat index .* after 2 batches"):
+            select(layer, method, batches=[1.0, scale], **given)
+
+
+def test_running_means_are_put_back():
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    before = {n: b.clone() for n, b in model.named_buffers()}
+    held, seen = dict(model.named_buffers()), []
+
+    def loss_fn(model, batch):
+        loss = model(batch).square().mean()
+        seen.append(int(model[1].num_batches_tracked))
+        return loss
+
+    batches = [torch.rand(5, 3), torch.rand(5, 3)]
+    select(model, "fisher", nnz=3, batches=batches, loss_fn=loss_fn, train=True)
+    assert seen == [1, 2], "train mode writes them"
+    assert all(b is held[n] and torch.equal(b, before[n]) for n, b in model.named_buffers())
+
+
+def test_a_shortlist_that_auto_takes_is_said(monkeypatch, caplog):
+    model, batches = net(), rows(2)
+    with caplog.at_level(logging.WARNING):
+        exact = select(model, "fisher", nnz=4, batches=batches, exclude="unused.*")
+        assert not caplog.records
+        monkeypatch.setattr(shared, "_EXACT", 100)
+        select(model, "fisher", nnz=4, batches=batches, exclude="unused.*", shortlist=10)
+        assert not caplog.records
+        short = select(model, "fisher", nnz=4, batches=batches, exclude="unused.*")
+    assert short.nnz == exact.nnz == 4
+    [said] = [r.getMessage() for r in caplog.records]
+    assert "at 10 times the 4 entries to keep" in said
+    assert "shortlist=None" in said
+
+
+def test_arguments_of_other_kinds():
+    model, batches = net(), rows(2)
+    wanted = select(model, "fisher", nnz=4, batches=batches, max_batches=1, shortlist=2)
+    numpys = {"max_batches": np.int64(1), "shortlist": np.float32(2)}
+    assert select(model, "fisher", nnz=4, batches=batches, **numpys).equals(wanted)
+    for wrong, message in (
+        ({"shortlist": [4]}, r"shortlist is \[4\], wanted a multiple"),
+        ({"shortlist": float("inf")}, "shortlist is inf, wanted a multiple"),
+        ({"loss_fn": "mse"}, "loss_fn is 'mse', wanted a function"),
+    ):
+        with pytest.raises(OptionError, match=message):
+            select(model, "fisher", nnz=4, batches=batches, **wrong)
+    with torch.inference_mode(), pytest.raises(OptionError, match="under torch.inference_mode"):
+        select(model, "fisher", nnz=4, batches=batches)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
 def test_other_dtypes(dtype):
     model, batches = net(dtype), rows(2)
