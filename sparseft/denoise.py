@@ -21,9 +21,10 @@ Source: https://arxiv.org/abs/2505.15090 (DeFT-X). PEFT's DEFT is an unrelated m
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import InitVar, dataclass
+from numbers import Integral, Real
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -73,7 +74,8 @@ class Denoise:
             matrix that alone needs more is treated by itself; the first such is logged.
 
     Raises:
-        OptionError: not exactly one rule, or a value out of range.
+        OptionError: not exactly one rule, or a value out of range. Numbers of other libraries, such
+            as numpy's, become Python's own.
 
     Example:
         >>> import dataclasses
@@ -89,8 +91,16 @@ class Denoise:
     embeddings: Literal["denoise", "pass"] = "denoise"
     vectors: Literal["pass", "denoise"] = "pass"
     memory: int | str = "1GiB"
+    hard_threshold: InitVar[None] = None  # no field: there to be refused by its own name
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, hard_threshold: None) -> None:
+        if hard_threshold is not None:
+            raise OptionError(
+                f"Denoise: hard_threshold is {hard_threshold!r}; wanted hard={hard_threshold!r}, "
+                "as what truncated_svd calls hard_threshold= is named here."
+            )
+        for name in ("rank", "energy", "hard", "residual", "memory"):
+            object.__setattr__(self, name, _plain(getattr(self, name)))
         try:
             RankRule(self.rank, self.energy, self.hard)
         except OptionError as bad:
@@ -114,6 +124,15 @@ class Denoise:
         except ValueError as error:
             raise OptionError(f"Denoise: memory: {error}") from None
 
+    @classmethod
+    def of_method(cls, method: str, **options: Any) -> Denoise:
+        """Return it from the options of a selection method, which errors name as having asked."""
+        try:
+            return cls(**options)
+        except OptionError as bad:
+            said = str(bad).replace("Denoise:", f"selection method {method!r}:", 1)
+            raise OptionError(said) from None
+
     def kept(self, numel: int) -> int:
         """Return at how many entries of a tensor the residual is kept, rounded half to even."""
         return round(self.residual * numel)
@@ -130,6 +149,15 @@ class Denoise:
         if embedding and self.embeddings == "pass":
             return False
         return self.energy != 1 and (self.rank is None or self.rank < min(shape))
+
+
+def _plain(value: Any) -> Any:
+    """Return a number of another library as Python's own, everything else as it is."""
+    if isinstance(value, bool | int | float):
+        return value
+    if isinstance(value, Integral):
+        return int(value)
+    return float(value) if isinstance(value, Real) else value
 
 
 class Treated(NamedTuple):
@@ -167,7 +195,8 @@ def denoised(
 
     Raises:
         DecompositionError: a NaN or infinite entry in a difference (the tensor is named), shapes
-            that differ, a tensor that is not floating.
+            that differ, a tensor that is not floating, a name that comes twice, no triple.
+        OptionError: ``how`` is no `Denoise`, or ``embeddings`` one string.
 
     Numerics: as `sparseft.ops.truncated_svd`: the decomposition in fp32 with fp64 factorisations,
         fp64 for float64. Exactly ``round(residual * numel)`` entries keep their value; ties go to
@@ -193,6 +222,17 @@ def treat(
     """As `denoised`, but what passes as it is comes as it was given, so that no difference of it is
     formed here.
     """
+    if not isinstance(how, Denoise):
+        got = "the class itself" if how is Denoise else f"a {type(how).__name__}"
+        raise OptionError(
+            f"denoise: how is {got}; wanted a Denoise, such as Denoise(rank=64)"
+            + (", Denoise(**options) for a dict of options." if isinstance(how, dict) else ".")
+        )
+    if isinstance(embeddings, str):
+        raise OptionError(
+            f"denoise: embeddings is the string {embeddings!r}; wanted names, such as "
+            f"{{{embeddings!r}}} or embedding_names(model)."
+        )
     memory = parse_bytes(how.memory)
     window: list[Triple] = []
     held, said = 0, list[str]()
@@ -216,7 +256,31 @@ def embedding_names(model: nn.Module) -> set[str]:
 
 
 def _checked(pairs: Iterable[Triple], target: Target) -> Iterator[Triple]:
-    for name, theta1, theta0 in pairs:
+    if isinstance(pairs, Mapping) or not isinstance(pairs, Iterable):
+        raise DecompositionError(
+            f"denoise: pairs is a {type(pairs).__name__}; wanted triples (name, theta1, theta0), "
+            "such as [(n, tuned[n], base[n]) for n in tuned]."
+        )
+    seen = set[str]()
+    for place, triple in enumerate(pairs):
+        if not isinstance(triple, tuple | list) or len(triple) != 3:
+            got = f"{len(triple)} items" if isinstance(triple, tuple | list) else "no tuple"
+            raise DecompositionError(
+                f"denoise: pairs[{place}] is a {type(triple).__name__} ({got}); wanted a triple "
+                "(name, theta1, theta0), theta0 None for target='weight'."
+            )
+        name, theta1, theta0 = triple
+        for what, tensor in (("theta1", theta1), ("theta0", theta0)):
+            if not isinstance(tensor, Tensor) and (tensor is not None or what == "theta1"):
+                raise DecompositionError(
+                    f"denoise: {what} of {name!r} is a {type(tensor).__name__}; wanted a tensor, "
+                    "torch.as_tensor makes one of an array."
+                )
+        if name in seen:
+            raise DecompositionError(
+                f"denoise: {name!r} comes twice; wanted names of their own, results go by them."
+            )
+        seen.add(name)
         if target == "weight":
             theta0 = None
         elif theta0 is None or theta0.shape != theta1.shape:

@@ -8,6 +8,7 @@ import json
 import logging
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -304,6 +305,27 @@ def test_refused_pairs():
         list(denoised([("w", a, None)], how))
     with pytest.raises(DecompositionError, match=r"'w' has dtype torch.int64"):
         list(denoised([("w", a, a.long())], how))
+    with pytest.raises(DecompositionError, match="'w' comes twice; wanted names of their own"):
+        list(denoised([("w", a, a), ("v", a, a), ("w", b, b)], how))
+    for wrong, message in (
+        ({"w": a}, r"pairs is a dict; wanted triples \(name, theta1, theta0\)"),
+        (None, "pairs is a NoneType; wanted triples"),
+        ([("v", a, a), ("w", a)], r"pairs\[1\] is a tuple \(2 items\); wanted a triple"),
+        ([a], r"pairs\[0\] is a Tensor \(no tuple\)"),
+        ([("w", a.numpy(), a)], "theta1 of 'w' is a ndarray; wanted a tensor, torch.as_tensor"),
+        ([("w", a, a.numpy())], "theta0 of 'w' is a ndarray"),
+    ):
+        with pytest.raises(DecompositionError, match=message):
+            list(denoised(wrong, how))
+    for wrong, message in (
+        ({"rank": 1}, r"how is a dict; wanted a Denoise.*Denoise\(\*\*options\)"),
+        (Denoise, "how is the class itself; wanted a Denoise"),
+        (0.9, "how is a float"),
+    ):
+        with pytest.raises(OptionError, match=message):
+            list(denoised([("w", a, a)], wrong))
+    with pytest.raises(OptionError, match="embeddings is the string 'words'; wanted names"):
+        list(denoised([("word", a, a)], how, embeddings="words"))
     assert list(denoised([], how)) == []
 
 
@@ -311,6 +333,14 @@ class TestDenoise:
     def test_json_there_and_back(self):
         for how in (*RULES.values(), Denoise(hard=0.5, target="weight", memory=12, vectors="pass")):
             assert Denoise(**json.loads(json.dumps(dataclasses.asdict(how)))) == how
+
+    def test_numbers_of_numpy(self):
+        how = Denoise(rank=np.int64(3), residual=np.float32(0.5), memory=np.int32(9))
+        assert how == Denoise(rank=3, residual=0.5, memory=9)
+        assert json.loads(json.dumps(dataclasses.asdict(how))) == dataclasses.asdict(how)
+        assert Denoise(energy=np.float16(0.5)).energy == Denoise(hard=np.float64(0.5)).hard == 0.5
+        with pytest.raises(OptionError, match=r"Denoise: rank is 3\.0; wanted an integer"):
+            Denoise(rank=np.float32(3))
 
     def test_the_defaults_are_the_papers(self):
         how = Denoise(energy=0.9)
@@ -320,6 +350,7 @@ class TestDenoise:
         ("options", "message"),
         [
             ({}, "Denoise: got none of them; wanted exactly one of rank=, energy=, hard=."),
+            ({"hard_threshold": 0.1}, "hard_threshold is 0.1; wanted hard=0.1, as what truncated"),
             ({"rank": 2, "energy": 0.9}, "got rank=2, energy=0.9; wanted exactly one"),
             ({"rank": -1}, "rank is -1; wanted an integer >= 0"),
             ({"rank": 2.0}, "rank is 2.0; wanted an integer"),

@@ -54,8 +54,8 @@ def select_deltas_svd(
     Numerics: ``magnitude``'s, with `sparseft.denoised` between difference and ranking. Differences
         are taken once each; at most ``memory`` of them are held, the order of names is kept.
     """
-    how = Denoise(
-        rank=rank, energy=energy, hard=hard, residual=residual, target=target,
+    how = Denoise.of_method(
+        "deltas_svd", rank=rank, energy=energy, hard=hard, residual=residual, target=target,
         embeddings=embeddings, vectors=vectors, memory=memory,
     )  # fmt: skip
     pairs: Iterator[tuple[str, Tensor, Tensor | None]]

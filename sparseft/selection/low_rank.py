@@ -54,9 +54,9 @@ def select_low_rank(
     """
     if rank is None and energy is None and hard is None:
         rank = DEFAULT_RANK
-    how = Denoise(
-        rank=rank, energy=energy, hard=hard, residual=0, target="weight", memory=memory
-    )  # fmt: skip
+    how = Denoise.of_method(
+        "low_rank", rank=rank, energy=energy, hard=hard, residual=0, target="weight", memory=memory
+    )
     return _pieces(treat(weights_of(candidates, None), how))
 
 

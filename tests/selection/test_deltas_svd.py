@@ -182,8 +182,10 @@ def test_refusals(pair):
     base, tuned = pair()
     with pytest.raises(OptionError, match=r"'deltas_svd' needs base=.*'low_rank'"):
         select(tuned, "deltas_svd", nnz=3, rank=2)
-    with pytest.raises(OptionError, match="exactly one of rank=, energy=, hard="):
+    with pytest.raises(OptionError, match="method 'deltas_svd': got none.* rank=, energy=, hard="):
         select(tuned, "deltas_svd", nnz=3, base=base)
+    with pytest.raises(OptionError, match="^selection method 'low_rank': rank is '4'; wanted an"):
+        select(tuned, "low_rank", nnz=3, rank="4")
     for name in ("matrix", "vector", "cube"):
         broken = copy.deepcopy(tuned)
         with torch.no_grad():
