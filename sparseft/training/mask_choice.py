@@ -5,16 +5,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from sparseft._text import did_you_mean
 from sparseft.denoise import Denoise
-from sparseft.errors import MaskError, OptionError
+from sparseft.errors import OptionError
 from sparseft.selection import Masks, options_of, select, selectors
 from sparseft.selection.registry import check_options
-from sparseft.selection.scopes import Scope
+from sparseft.selection.select import check_scope
 
 __all__ = ["Batches", "MaskChoice"]
 
@@ -83,11 +82,7 @@ class MaskChoice:
 
     def _check(self) -> None:
         """Refuse before anything is trained what `select` would refuse after."""
-        if self.scope not in get_args(Scope):
-            raise MaskError(
-                f"scope={self.scope!r} is not one of {', '.join(map(repr, get_args(Scope)))}."
-                f"{did_you_mean(self.scope, get_args(Scope))}"
-            )
+        check_scope(self.method, self.scope, counted=True)
         known = options_of(self.method, self.options)
         filled = [o for o in _FILLED if o in known and o not in self.options]
         check_options(self.method, {**self.options, **dict.fromkeys(filled)})
