@@ -234,7 +234,10 @@ def test_selectors_and_denoising_come_from_the_recipe(recipe_data, tmp_path):
     [
         ({"denoise": {"rnk": 2}}, r"task.denoise has the key 'rnk'.*'rank'"),
         ({"denoise": {"rank": 2, "energy": 0.5}}, "task.denoise"),
-        ({"denoise": {"rank": 2}, "selector": "random"}, "is for selector 'deltas_svd'.*got 'random'"),
+        (
+            {"denoise": {"rank": 2}, "selector": "random"},
+            "is for selector 'deltas_svd'.*got 'random'",
+        ),
         ({"selector": "lowrank"}, "task.selector is 'lowrank'.*'low_rank'"),
         ({"selector": "low_rank", "selector_options": {"rnk": 2}}, "'rnk'.*Did you mean 'rank'"),
         ({"selector": "rows", "selector_options": {"score": "fishr"}}, "'fishr'.*'fisher'"),
