@@ -214,12 +214,17 @@ def comparison_markdown(results: Results, baseline: str, metric: str | None = No
     for c in compare(results, baseline, metric):
         density = "-" if c.density is None else f"{100 * c.density:g} %"
         sd = "-" if c.sd is None else f"{100 * c.sd:.1f}"
-        p_seeds = "-" if c.p_seeds is None else f"{c.p_seeds:.3f}"
         out.append(
             f"| {escape(c.setting)} | {density} | {100 * c.mean:+.1f} | {sd} | {c.won:g} of "
-            f"{c.pairs} | {c.p_pairs:.3f} | {p_seeds} |"
+            f"{c.pairs} | {_p_text(c.p_pairs)} | {_p_text(c.p_seeds)} |"
         )
     return "\n".join(out) + "\n"
+
+
+def _p_text(p: float | None) -> str:
+    if p is None:
+        return "-"
+    return f"{p:.3f}" if p >= 0.0005 else "< 0.001"
 
 
 def mean_cell(summary: SettingSummary) -> Cell | None:

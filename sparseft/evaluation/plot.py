@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,7 +33,11 @@ def plot_results(results: Results, path: str | Path, metric: str) -> None:
     names = builtin_languages()
     with_mean = len([c for c in languages if c != results.source_language]) > 1
     places = len(languages) + with_mean
-    figure = Figure(figsize=(max(5.0, 1.6 + 0.95 * places), 4.2), layout="constrained", dpi=150)
+    wide = max(5.0, 1.6 + 0.95 * places)
+    longest = max((len(s.label) for s in summaries), default=1)
+    columns = max(1, min(4, len(summaries), round(8 * wide) // (6 + longest)))
+    legend = math.ceil(len(summaries) / columns)  # lines of it, below the axes
+    figure = Figure(figsize=(wide, 4.0 + 0.2 * legend), layout="constrained", dpi=150)
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     width = 0.6 / max(1, len(summaries))
@@ -66,8 +71,6 @@ def plot_results(results: Results, path: str | Path, metric: str) -> None:
     axes.set_axisbelow(True)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    longest = max((len(s.label) for s in summaries), default=1)
-    columns = max(1, min(4, len(summaries), round(8 * figure.get_figwidth()) // (6 + longest)))
     figure.legend(loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
     buffer = io.BytesIO()
     # matplotlib writes its version into the file otherwise; the same results give the same bytes.

@@ -332,14 +332,18 @@ class Results:
 
         plot_results(self, path, self._metric(metric))
 
-    def save(self, folder: str | Path, name: str = "results") -> list[Path]:
-        """Write ``name.json``, ``name.md`` and ``name.png`` into a folder, and return the paths."""
+    def save(self, folder: str | Path, name: str = "results", *, plot: bool = True) -> list[Path]:
+        """Write ``name.json``, ``name.md`` and, with ``plot``, ``name.png`` into a folder, and
+        return the paths.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        paths = [folder / f"{name}{ending}" for ending in (".json", ".md", ".png")]
+        endings = (".json", ".md", ".png") if plot else (".json", ".md")
+        paths = [folder / f"{name}{ending}" for ending in endings]
         atomic_write_text(paths[0], self.to_json())
         atomic_write_text(paths[1], self.to_markdown())
-        self.to_png(paths[2])
+        if plot:
+            self.to_png(paths[2])
         return paths
 
 

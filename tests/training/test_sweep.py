@@ -86,7 +86,7 @@ def test_a_sweep_end_to_end(sweep_data, tmp_path, trained_steps, capsys):
 
     written = {path.name for path in result.files}
     assert written == {
-        "results.json", "results.md", "results.png", "comparison.md", "densities.png"
+        "results.json", "results.md", "comparison.md", "densities.png"
     }  # fmt: skip
     text = (tmp_path / "out/results/comparison.md").read_text()
     assert "| DeFT-X | 5 % |" in text
