@@ -31,8 +31,11 @@ _PLAIN = 0.05
 
 # Where the last columns hold this much of what the last kept one does, more the smaller the flat
 # part's share is, two power iterations leave the residual above 1.01 of optimal: set between 0.728
-# (i ** -0.5, rank 64 of 768: 1.006) and 0.746 (noise, rank 32 of 256: 1.012).
-_FLAT = 0.738
+# (i ** -0.5, rank 64 of 768: 1.006) and 0.746 (noise, rank 32 of 256: 1.012) for short sides up to
+# 256. Of 768 the last columns are a smaller share and scatter more: 0.69 to 0.79 for 72 products of
+# normal matrices, i ** -0.5 between them (1.008 to 1.010), against 0.86 for noise (1.015).
+_FLAT, _FLAT_LARGE = 0.738, 0.79
+_SMALL_SIDE, _LARGE_SIDE = 256, 768
 _SHARE = 0.06  # below: the flat part is too small to matter
 # Iterations that may follow; and the squared residual above the least that ends them: 1.01 ** 2.
 _FURTHER, _EXCESS = 4, 0.02
@@ -122,7 +125,9 @@ def _sharpen(
     found = (squares * kept).sum(-1)
     left = problem.total - found
     flatness, share = squares[:, -1] / last, ranks * last / left  # NaN for zeros
-    rough = done & (flatness + share / 8 > _FLAT) & (share > _SHARE) & (ranks > 0)
+    along = (a.shape[1] - _SMALL_SIDE) / (_LARGE_SIDE - _SMALL_SIDE)
+    flat = _FLAT + (_FLAT_LARGE - _FLAT) * min(max(along, 0.0), 1.0)
+    rough = done & (flatness + share / 8 > flat) & (share > _SHARE) & (ranks > 0)
     if not bool(rough.any()):
         return False
     ahead = 1 + 10 * (flatness - 0.79).clamp_min(0)
