@@ -78,7 +78,8 @@ def block_svd(problem: Problem, how: Iteration) -> tuple[Factors, Tensor]:
         q, b = _grow(a, q, b, range(size, larger), how)
     if fixed is not None:
         done = torch.ones_like(done)
-    if _sharpen(problem, q, b, squares, ranks, done):
+    # Columns beyond the rank tell how flat the spectrum is there; without them nobody asks.
+    if how.oversample and _sharpen(problem, q, b, squares, ranks, done):
         wide, squares, vectors = _ritz(b)
         ranks = problem.ranks(squares)
         done &= ranks <= trusted if fixed is None else done

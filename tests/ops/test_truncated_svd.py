@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -275,10 +273,7 @@ class TestConventions:
             float(ops.truncated_svd(a, rank=20, power_iterations=q, oversample=p).residual.sum())
             for q, p in ((0, 0), (1, 0), (2, 0), (2, 30))
         ]
-        # The first is iterated further by itself, so that it ends where the second does.
-        for before, after in itertools.pairwise(residual):
-            assert after <= before * (1 + 1e-6)
-        assert residual[-1] < residual[0] * (1 - 1e-3)
+        assert residual == sorted(residual, reverse=True)
         assert residual[0] > 1.02 * residual[-1]
 
     @pytest.mark.parametrize("power", [300, 120, -120, -300])
