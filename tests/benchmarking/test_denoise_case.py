@@ -100,17 +100,20 @@ def test_worse_singular_vectors_are_not_timed(monkeypatch):
 
 
 def test_extra_memory_is_the_peak():
-    kept, size = select.extra_bytes(lambda: np.ones(6_000_000))
-    assert kept.nbytes == 48_000_000
-    if size is None:
-        pytest.skip("this system does not say what a process's peak is")
-    assert 0.9 * kept.nbytes < size < 2 * kept.nbytes
+    def grown(run):
+        # The system may take pages from the process meanwhile, after which it grew by less.
+        sizes = [select.extra_bytes(run)[1] for _ in range(3)]
+        if None in sizes:
+            pytest.skip("this system does not say what a process's peak is")
+        return max(sizes)
+
+    assert 0.9 * 48_000_000 < grown(lambda: np.ones(6_000_000)) < 2 * 48_000_000
 
     def peak():
         np.ones(8_000_000)
         return 0
 
-    assert select.extra_bytes(peak)[1] > 0.9 * 64_000_000
+    assert grown(peak) > 0.9 * 64_000_000
 
 
 def test_processor_time_needs_one_thread(one_thread):
