@@ -34,7 +34,7 @@ _PLAIN = 0.05
 # (i ** -0.5, rank 64 of 768: 1.006) and 0.746 (noise, rank 32 of 256: 1.012) for short sides up to
 # 256. Of 768 the last columns are a smaller share and scatter more: 0.69 to 0.79 for 72 products of
 # normal matrices, i ** -0.5 between them (1.008 to 1.010), against 0.86 for noise (1.015).
-_FLAT, _FLAT_LARGE = 0.738, 0.79
+_FLAT, _FLAT_LARGE = 0.738, 0.8
 _SMALL_SIDE, _LARGE_SIDE = 256, 768
 _SHARE = 0.06  # below: the flat part is too small to matter
 # Iterations that may follow; and the squared residual above the least that ends them: 1.01 ** 2.
