@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from sparseft.training.units import Unit
 
 __all__ = [
-    "add_recipe_arguments",
+    "add_recipe_parser",
     "check_inputs",
     "expand_overrides",
     "read_recipe",
@@ -38,8 +38,15 @@ _SHORT = {
 _MASK_SIZES = ("density", "nnz", "task.density", "task.nnz", "language.density", "language.nnz")
 
 
-def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add RECIPE, KEY=VALUE, --only and --list."""
+def add_recipe_parser(subparsers: Any, name: str, help: str, description: str, epilog: str) -> None:
+    """Add a command that runs a recipe, with RECIPE, KEY=VALUE, --only and --list."""
+    parser = subparsers.add_parser(
+        name,
+        help=help,
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("recipe", metavar="RECIPE", help="YAML file, or a recipe that ships")
     parser.add_argument(
         "overrides",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from sparseft.cli._recipe import add_recipe_arguments, read_recipe, run_recipe
+from sparseft.cli._recipe import add_recipe_parser, read_recipe, run_recipe
 
 __all__ = ["HELP", "add_parser", "run"]
 
@@ -34,14 +34,7 @@ files (checkpoints) are your own: do not continue from a folder you do not trust
 
 def add_parser(subparsers: Any) -> None:
     """Add the command to the command line."""
-    parser = subparsers.add_parser(
-        "train",
-        help=HELP,
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add_recipe_arguments(parser)
+    add_recipe_parser(subparsers, "train", HELP, _DESCRIPTION, _EPILOG)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -45,7 +45,7 @@ def orthonormal_columns(columns: Tensor, *, passes: int) -> Tensor:
         failed |= ~(pivot > _LEAST_PIVOT)
         least = float(pivot.min())
         found = min(found, least)
-        # In fp64 what one pass leaves at such a pivot, 2e-10, is far above the columns' own rounding.
+        # In fp64 what one pass leaves at such a pivot, 2e-10, is far above the columns' rounding.
         if least > _EASY_PIVOT and columns.dtype != torch.float64:
             break
     if found <= _LEAST_PIVOT:

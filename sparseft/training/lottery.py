@@ -197,10 +197,10 @@ def lottery_ticket(
             f"and a dense phase of its own each; got {choice.method!r}{with_phase1}."
         )
     parts = Trainables.of(model, include=include, exclude=exclude, full_params=full_params)
-    if nnz is None and density is None:
-        nnz = choice.fixed_nnz(model, list(parts.candidates))
-    budgets = _budgets(nnz, density, parts.numel)
     fixed = choice.fixed_nnz(model, list(parts.candidates))
+    if nnz is None and density is None:
+        nnz = fixed
+    budgets = _budgets(nnz, density, parts.numel)
     if fixed is not None and budgets != [fixed]:
         raise MaskError(
             f"selector {choice.method!r} keeps {fixed:,} entries by itself; leave nnz and density "

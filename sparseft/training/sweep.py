@@ -15,7 +15,6 @@ On disk (``output_dir``)::
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
@@ -34,7 +33,15 @@ from sparseft.training.recipe import Recipe
 from sparseft.training.sections import MethodSection, TaskSection, TrainSection
 from sparseft.training.setups import Setup, base_of, language_setup, load_base, task_setup
 from sparseft.training.study import StudyResult, results_of, run_units
-from sparseft.training.units import LABELS, Unit, dense_path, put_dense, read_rows, score
+from sparseft.training.units import (
+    LABELS,
+    Unit,
+    dense_path,
+    file_digest,
+    put_dense,
+    read_rows,
+    score,
+)
 
 __all__ = ["run_sweep", "sweep_units"]
 
@@ -63,12 +70,12 @@ def run_sweep(
         ResumeError: a unit's folder holds a run with other settings, or another process is in it.
     """
     units = sweep_units(recipe, progress=progress)
-    finished, missing = run_units(units, only=only, on_unit=on_unit)
+    done, missing = run_units(units, only=only, on_unit=on_unit)
     results = results_of(recipe, _rows(recipe))
     files: list[Path] = []
     if results is not None and not missing:
         files = _report(recipe, results)
-    return StudyResult(Path(recipe.output_dir), finished, missing, results, files)
+    return StudyResult(Path(recipe.output_dir), done, missing, results, files)
 
 
 def _report(recipe: Recipe, results: Results) -> list[Path]:
@@ -114,7 +121,7 @@ def _rows(recipe: Recipe) -> list[Result]:
         for name in (*recipe.sweep.methods, None)
         for seed in sweep.task.seeds
         for row in read_rows(sweep.rows_path(name, seed))
-        if (row.setting, row.density, row.language) in sweep.wanted(name)
+        if _place(row) in sweep.wanted(name)
     ]
 
 
@@ -238,7 +245,6 @@ class _Sweep:
                 metadata={"data": setup.data},
                 **setup.shared,
             )
-
             mark_finished(folder, settings)
 
         def done() -> bool:
@@ -328,11 +334,11 @@ class _Sweep:
     def _digests(self, name: str | None, seed: int, adapted: list[str]) -> dict[str, str]:
         """Return digests of the files that scores are made from."""
         if name is None:
-            return {"dense": _digest(dense_path(self.home / f"phase1-seed{seed}"))}
+            return {"dense": file_digest(dense_path(self.home / f"phase1-seed{seed}"))}
         home = self.home / slug(name)
         densities = list(map(repr, self.recipe.sweep.densities))
         return {
-            f"{part}/{density}": _digest(home / part / file)
+            f"{part}/{density}": file_digest(home / part / file)
             for part in self._parts(seed, adapted)
             for density, file in _adapters(home / part).items()
             if density in densities
@@ -383,7 +389,3 @@ def _place(row: Result) -> Place:
 def _adapters(folder: Path) -> dict[str, str]:
     """Return density -> adapter file of a finished unit of tickets."""
     return read_mark(folder).get("adapters", {})
-
-
-def _digest(path: Path) -> str:
-    return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()

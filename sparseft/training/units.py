@@ -39,6 +39,7 @@ __all__ = [
     "Unit",
     "dense_path",
     "evaluation_unit",
+    "file_digest",
     "language_unit",
     "put_dense",
     "read_rows",
@@ -166,7 +167,7 @@ def evaluation_unit(recipe: Recipe, seed: int, path: Path, home: Path) -> Unit:
 
     def key() -> dict[str, Any]:
         """What the scores depend on, as far as it can differ between runs in one folder."""
-        digests = {n: _file_digest(adapter_path(home / n)) for n in needs}
+        digests = {n: file_digest(adapter_path(home / n)) for n in needs}
         about = {k: v for k, v in vars(section).items() if k not in ("languages", "settings")}
         return {"evaluation": about, "adapters": digests}
 
@@ -198,7 +199,8 @@ def _is(row: Result, setting: str, language: str) -> bool:
     return row.setting == LABELS[setting] and row.language == language
 
 
-def _file_digest(path: Path) -> str:
+def file_digest(path: Path) -> str:
+    """Return 32 hex digits over a file's bytes."""
     return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
 
 
