@@ -33,9 +33,13 @@ class Contender:
     Args:
         run: one unit of work, callable any number of times.
         checks: what it showed before; any that failed keeps it from being timed.
-        facts: numbers and names for the report: bytes, entries, backend, peak memory.
+        facts: numbers and names for the report: entries, backend, peak memory.
         skipped: why it cannot take part; empty: it does.
         error: what it raised while it was built; empty: nothing.
+        ours: whether it is this package's; the others are what one would use without it.
+        density: the share of entries that it works on; None: it does not depend on one.
+        bytes: what memory must move at least, for GB/s and its share of a measured copy.
+        flops: operations, for TFLOP/s and its share of a measured product.
     """
 
     run: Callable[[], Any] | None = None
@@ -43,6 +47,10 @@ class Contender:
     facts: Facts = field(default_factory=dict)
     skipped: str = ""
     error: str = ""
+    ours: bool = False
+    density: float | None = None
+    bytes: float | None = None
+    flops: float | None = None
 
     @property
     def status(self) -> str:

@@ -1,0 +1,48 @@
+"""What an operation is held against, made the same way in every case: eager, compiled, absent."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from sparseft.benchmarking.checks import Check
+from sparseft.benchmarking.suite import Contender
+
+__all__ = ["absent", "compiled"]
+
+
+def absent(package: str) -> str:
+    """Return why a contender of ``package`` cannot take part; empty where it is installed."""
+    if importlib.util.find_spec(package) is not None:
+        return ""
+    return f"{package} is not installed (pip install 'sparseft[bench]')"
+
+
+def compiled(
+    run: Callable[..., Any],
+    *arguments: Any,
+    check: Callable[[Any], list[Check]] | None = None,
+    density: float | None = None,
+) -> Contender:
+    """Return ``torch.compile(run)`` on fixed arguments, compiled and checked.
+
+    Args:
+        run: the eager form; compiled for these shapes alone.
+        arguments: what it is called with each time.
+        check: what its result must show.
+        density: as in `Contender`.
+
+    A machine without a C++ compiler or Triton skips it, with the reason.
+    """
+    torch._dynamo.reset()  # a case's shapes must not make the next one's dynamic
+    quick = torch.compile(run, dynamic=False)
+    try:
+        result = quick(*arguments)
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        return Contender(skipped=f"torch.compile failed: {lines[0][:160]}", density=density)
+    checks = [] if check is None else check(result)
+    return Contender(lambda: quick(*arguments), checks, density=density)
