@@ -37,7 +37,6 @@ def compiled(
 
     A machine without a C++ compiler or Triton skips it, with the reason.
     """
-    torch._dynamo.reset()  # a case's shapes must not make the next one's dynamic
     quick = torch.compile(run, dynamic=False)
     try:
         result = quick(*arguments)

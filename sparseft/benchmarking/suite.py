@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import statistics
+import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -194,6 +195,8 @@ def run_suite(
             continue
         results.append(_run(case, where, rounds, case_seconds))
         gc.collect()  # attached models hold cycles
+        if "torch._dynamo" in sys.modules:
+            torch.compiler.reset()  # compiled contenders hold their tensors
         if where.type == "cuda":
             torch.cuda.empty_cache()
         if progress is not None:
