@@ -1,4 +1,4 @@
-"""`pytest benchmarks`: a row a contender, a group a case; what is not right fails without a time."""
+"""`pytest benchmarks`: a row a contender, a group a case; what is not right fails, untimed."""
 
 from __future__ import annotations
 
