@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,10 @@ import torch
 from sparseft.benchmarking.checks import Check
 from sparseft.benchmarking.suite import Contender
 
-__all__ = ["absent", "compiled"]
+__all__ = ["COMPILE", "absent", "compiled"]
+
+# "0" leaves compiled contenders out: each costs 10 s or more of a smoke test.
+COMPILE = "SPARSEFT_BENCH_COMPILE"
 
 
 def absent(package: str) -> str:
@@ -35,8 +39,11 @@ def compiled(
         check: what its result must show.
         density: as in `Contender`.
 
-    A machine without a C++ compiler or Triton skips it, with the reason.
+    A machine without a C++ compiler or Triton skips it, with the reason; so does ``COMPILE`` = 0 in
+    the environment.
     """
+    if os.environ.get(COMPILE) == "0":
+        return Contender(skipped=f"{COMPILE}=0", density=density)
     quick = torch.compile(run, dynamic=False)
     try:
         result = quick(*arguments)

@@ -2,7 +2,7 @@
 
 A case builds its contenders, each with what it showed (`Check`); one that failed is listed and
 never timed, and what is not built (an absent package, too little memory) says why. Ratios are
-against the case's baseline, round by round.
+against the case's baseline, round by round; GB/s and TFLOP/s are beside ceilings of the same run.
 """
 
 from __future__ import annotations
@@ -15,12 +15,16 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from sparseft.benchmarking.checks import Check
+from sparseft.benchmarking.limits import out_of_memory
 from sparseft.benchmarking.rotation import Clock, Timing, rotate, spread
+
+if TYPE_CHECKING:
+    from sparseft.benchmarking.ceilings import Ceilings
 
 __all__ = ["Case", "Contender", "Prepared", "Target", "at_most", "attempt", "faster", "run_suite"]
 
@@ -61,10 +65,16 @@ class Contender:
 
 
 def attempt(make: Callable[[], Contender]) -> Contender:
-    """Return the contender, or one that says what it raised: the others' figures stay."""
+    """Return the contender, or one that says what it raised: the others' figures stay.
+
+    One that ran out of memory is skipped, with what it asked for.
+    """
     try:
         return make()
     except Exception as error:
+        short = out_of_memory(error, _current_device())
+        if short:
+            return Contender(skipped=short)
         return Contender(error="".join(traceback.format_exception(error)).rstrip())
 
 
@@ -149,10 +159,16 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Case:
-    """A named comparison; ``build`` allocates, checks and returns what to time."""
+    """A named comparison; ``build`` allocates, checks and returns what to time.
+
+    ``op``, ``shape`` and ``dtype`` say what it is of, where it is of an `OpBench`.
+    """
 
     name: str
     build: Callable[[torch.device], Prepared]
+    op: str = ""
+    shape: tuple[int, ...] = ()
+    dtype: str = ""
 
 
 def run_suite(
@@ -164,6 +180,9 @@ def run_suite(
     rounds: int = 25,
     case_seconds: float = 15.0,
     progress: Callable[[list[Facts]], None] | None = None,
+    ceilings: Ceilings | None = None,
+    clock: Clock | None = None,
+    warmup: int | None = None,
 ) -> list[Facts]:
     """Run the cases in order and return one result each.
 
@@ -175,6 +194,24 @@ def run_suite(
         rounds: timed rounds of a case, at most.
         case_seconds: a case's rounds end after so long, and after its least number.
         progress: called with the results so far after each case that ran.
+        ceilings: of this device, measured in this run; with them the shares are known.
+        clock: instead of each case's own.
+        warmup: untimed rounds, instead of each case's own number.
+
+    Returns:
+        A dict per case, of JSON's types alone:
+
+        - ``name``, ``status``: "ok"; "red": a contender is wrong; "error": something raised;
+          "skipped": too little memory; "not run": out of time. All but "ok" of a whole case come
+          with ``reason`` (a "red" or "error" of one contender has it in its row).
+        - ``op``, ``shape`` (list), ``dtype``: "" and [] where the case does not say.
+        - ``facts`` of the case, ``baseline`` (a contender's name), ``targets``, ``took_seconds``.
+        - ``contenders``: a dict each: ``name``, ``status`` ("ok", "red", "skipped", "error"),
+          ``reason`` if not ok, ``ours``, ``density``, ``bytes``, ``flops``, ``facts``, ``checks``
+          (``name``, ``got``, ``limit``, ``passed``), and of those that were timed ``clocks``: by
+          clock ``rounds``, ``seconds``, ``host_seconds`` and, where the baseline ran, ``ratio``
+          (each ``median``, ``quartile1``, ``quartile3``, ``min``) and ``samples``; and ``speed`` by
+          the first clock's median: "GB/s", "TFLOP/s", "% of copy", "% of GEMM", those known.
 
     Raises:
         ValueError: the glob matches nothing.
@@ -186,6 +223,7 @@ def run_suite(
     where = torch.device(device)
     if where.type == "cuda" and where.index is not None:
         torch.cuda.set_device(where)
+    settings = _Settings(where, rounds, case_seconds, ceilings, clock, warmup)
     end = time.monotonic() + 60 * minutes
     results: list[Facts] = []
     for case in chosen:
@@ -193,7 +231,7 @@ def run_suite(
             reason = f"the budget of {minutes:g} minutes was spent"
             results.append({"name": case.name, "status": "not run", "reason": reason})
             continue
-        results.append(_run(case, where, rounds, case_seconds))
+        results.append(_run(case, settings))
         gc.collect()  # attached models hold cycles
         if "torch._dynamo" in sys.modules:
             torch.compiler.reset()  # compiled contenders hold their tensors
@@ -204,45 +242,67 @@ def run_suite(
     return results
 
 
-def _run(case: Case, device: torch.device, rounds: int, seconds: float) -> Facts:
+@dataclass(frozen=True)
+class _Settings:
+    device: torch.device
+    rounds: int
+    seconds: float
+    ceilings: Ceilings | None
+    clock: Clock | None
+    warmup: int | None
+
+
+def _run(case: Case, settings: _Settings) -> Facts:
     began = time.monotonic()
     try:
-        result = _measure(case.build(device), device, rounds, seconds)
+        result = _measure(case, settings)
     except Exception as error:  # one case must not cost the others their figures
-        result = {
-            "status": "error",
-            "reason": f"{type(error).__name__}: {error}",
-            "traceback": traceback.format_exc(),
-        }
-    return {"name": case.name, **result, "took_seconds": time.monotonic() - began}
+        short = out_of_memory(error, settings.device)
+        result = {"status": "skipped", "reason": short}
+        if not short:
+            result = {
+                "status": "error",
+                "reason": f"{type(error).__name__}: {error}",
+                "traceback": traceback.format_exc(),
+            }
+    what = {"op": case.op, "shape": list(case.shape), "dtype": case.dtype}
+    return {"name": case.name, **what, **result, "took_seconds": time.monotonic() - began}
 
 
-def _measure(case: Prepared, device: torch.device, rounds: int, seconds: float) -> Facts:
-    runs = {n: c.run for n, c in case.contenders.items() if c.status == "ok" and c.run is not None}
-    share = seconds / len(case.clocks)
+def _measure(case: Case, settings: _Settings) -> Facts:
+    built = case.build(settings.device)
+    runs = {n: c.run for n, c in built.contenders.items() if c.status == "ok" and c.run is not None}
+    clocks = built.clocks if settings.clock is None else (settings.clock,)
     timings = [
         rotate(
             runs,
-            device=device,
+            device=settings.device,
             clock=clock,
-            rounds=rounds,
-            least=case.least,
-            seconds=share,
-            warmup=case.warmup,
+            rounds=settings.rounds,
+            least=built.least,
+            seconds=settings.seconds / len(clocks),
+            warmup=built.warmup if settings.warmup is None else settings.warmup,
         )
-        for clock in case.clocks
+        for clock in clocks
         if runs
     ]
-    rows = [_row(name, contender, case, timings) for name, contender in case.contenders.items()]
+    rows = []
+    for name, contender in built.contenders.items():
+        row = _row(name, contender, built, timings)
+        if "clocks" in row and settings.ceilings is not None:
+            row["speed"] = settings.ceilings.shares(
+                contender.bytes, contender.flops, case.dtype, timings[0].median(name)
+            )
+        rows.append(row)
     judged: list[Facts] = []
     if timings:
-        wanted = [target for target in case.targets if device.type in target.devices]
-        judged = [target.judge(timings[0], case.contenders) for target in wanted]
+        wanted = [target for target in built.targets if settings.device.type in target.devices]
+        judged = [target.judge(timings[0], built.contenders) for target in wanted]
     statuses = {row["status"] for row in rows}
     return {
         "status": next((s for s in ("red", "error") if s in statuses), "ok"),
-        "facts": case.facts,
-        "baseline": case.baseline,
+        "facts": built.facts,
+        "baseline": built.baseline,
         "contenders": rows,
         "targets": judged,
     }
@@ -252,6 +312,10 @@ def _row(name: str, contender: Contender, case: Prepared, timings: list[Timing])
     row: Facts = {
         "name": name,
         "status": contender.status,
+        "ours": contender.ours,
+        "density": contender.density,
+        "bytes": contender.bytes,
+        "flops": contender.flops,
         "checks": [{**vars(check), "passed": check.passed} for check in contender.checks],
         "facts": dict(contender.facts),
     }
@@ -275,3 +339,8 @@ def _row(name: str, contender: Contender, case: Prepared, timings: list[Timing])
     if "clocks" in row and case.derive is not None:
         row["facts"] |= case.derive(timings[0], name, contender)
     return row
+
+
+def _current_device() -> torch.device:
+    # A contender's error does not say whose memory it was.
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

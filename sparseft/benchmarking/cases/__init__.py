@@ -1,27 +1,67 @@
-"""The cases of the suite, the most important first. Each file says what it compares, and how."""
+"""The cases. Each file says what it compares, and how, and ends in ``BENCH`` (or ``BENCHES``).
+
+`OPS` has them by name, for `sparseft bench`; `suite_cases` lists what a GPU's suite runs. Nothing
+is imported before it is asked for: a comparison of two revisions loads one case file alone.
+"""
 
 from __future__ import annotations
 
-from sparseft.benchmarking.cases.compose import compose_cases, grid_case, language_case, switch_case
-from sparseft.benchmarking.cases.denoise import denoise_cases
-from sparseft.benchmarking.cases.entries import entries_case
-from sparseft.benchmarking.cases.model_step import BASE, TINY, model_step_case
-from sparseft.benchmarking.cases.optimizer import optimizer_case
-from sparseft.benchmarking.cases.sampled_grad import sampled_grad_case
-from sparseft.benchmarking.cases.select import select_case
-from sparseft.benchmarking.cases.spmm import spmm_case
-from sparseft.benchmarking.cases.svd import (
-    XLMR_ENCODER,
-    cholesky_case,
-    denoise_case,
-    difference_case,
-    prune_case,
-    sketch_case,
-)
-from sparseft.benchmarking.cases.topk import LLAMA, SMALL, XLMR, topk_case
-from sparseft.benchmarking.suite import Case
+import importlib
+import pkgutil
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["compose_cases", "denoise_cases", "select_case", "suite_cases"]
+from sparseft.benchmarking.catalogue import OpBench
+
+if TYPE_CHECKING:
+    from sparseft.benchmarking.cases.compose import compose_cases
+    from sparseft.benchmarking.cases.denoise import denoise_cases
+    from sparseft.benchmarking.cases.select import select_case
+    from sparseft.benchmarking.suite import Case
+
+    OPS: dict[str, OpBench]
+
+__all__ = ["OPS", "compose_cases", "denoise_cases", "find_ops", "select_case", "suite_cases"]
+
+_ELSEWHERE = {"compose_cases": "compose", "denoise_cases": "denoise", "select_case": "select"}
+
+# The order of files in lists; those that are not named here follow, by name.
+_ORDER = ("sampled_grad", "sampled_embedding", "optimizer", "entries", "combine", "compose", "spmm")
+
+
+def __getattr__(name: str) -> Any:
+    if name == "OPS":
+        value: Any = find_ops()
+    elif name in _ELSEWHERE:
+        module = importlib.import_module(f"{__name__}.{_ELSEWHERE[name]}")
+        value = getattr(module, name)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def find_ops() -> dict[str, OpBench]:
+    """Return every `OpBench` of the files here, by name.
+
+    Raises:
+        ValueError: two of one name.
+    """
+    names = [m.name for m in pkgutil.iter_modules(__path__)]
+    names.sort(key=lambda n: (_ORDER.index(n) if n in _ORDER else len(_ORDER), n))
+    found: dict[str, OpBench] = {}
+    for name in names:
+        for bench in benches_of(name):
+            if bench.name in found:
+                raise ValueError(f"two case files have an op {bench.name!r}; one is {name}.py")
+            found[bench.name] = bench
+    return found
+
+
+def benches_of(name: str) -> tuple[OpBench, ...]:
+    """Return what one case file offers; () for those that only help others."""
+    module = importlib.import_module(f"{__name__}.{name}")
+    one = getattr(module, "BENCH", None)
+    return getattr(module, "BENCHES", () if one is None else (one,))
 
 
 def suite_cases(*, tiny: bool = False) -> list[Case]:
@@ -30,6 +70,22 @@ def suite_cases(*, tiny: bool = False) -> list[Case]:
     Args:
         tiny: shapes that take a second on a CPU; their figures mean nothing.
     """
+    from sparseft.benchmarking.cases.compose import grid_case, language_case, switch_case
+    from sparseft.benchmarking.cases.entries import entries_case
+    from sparseft.benchmarking.cases.model_step import BASE, TINY, model_step_case
+    from sparseft.benchmarking.cases.optimizer import optimizer_case
+    from sparseft.benchmarking.cases.sampled_grad import sampled_grad_case
+    from sparseft.benchmarking.cases.spmm import spmm_case
+    from sparseft.benchmarking.cases.svd import (
+        XLMR_ENCODER,
+        cholesky_case,
+        denoise_case,
+        difference_case,
+        prune_case,
+        sketch_case,
+    )
+    from sparseft.benchmarking.cases.topk import LLAMA, SMALL, XLMR, topk_case
+
     if tiny:
         return [
             sampled_grad_case((256, 192), 64),
