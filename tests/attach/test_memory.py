@@ -14,30 +14,12 @@ from torch import nn
 
 from sparseft import attach
 from sparseft.ops._layout import TILE
+from sparseft.profiling.allocations import Allocations as Memory
 
 SIDE = 4096
 WEIGHT = SIDE * SIDE * 4
 # One tile buffer, and a few compact vectors and activations (batch 2: 32 KiB each).
 TILE_BYTES = TILE * 4
-
-
-class Memory:
-    """Bytes allocated inside a ``with`` block above what was there: highest, and at its end."""
-
-    def __enter__(self):
-        activities = [torch.profiler.ProfilerActivity.CPU]
-        self._profile = torch.profiler.profile(activities=activities, profile_memory=True)
-        self._profile.__enter__()
-        return self
-
-    def __exit__(self, *error):
-        self._profile.__exit__(*error)
-        level = self.peak = 0
-        for event in self._profile.profiler.kineto_results.events():
-            if event.name() == "[memory]":
-                level += event.nbytes()
-                self.peak = max(self.peak, level)
-        self.kept = level
 
 
 def few(rows, columns, nnz):

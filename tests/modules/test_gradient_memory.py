@@ -8,42 +8,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from sparseft.modules import GradientScores, _gradient_tiles
+from sparseft.profiling.allocations import peak_of
 
 SIDE, BATCH, LAYERS = 3072, 2, 2
 WEIGHT = SIDE * SIDE * 4
-
-
-class Memory:
-    """Highest number of bytes allocated inside a ``with`` block above what was there."""
-
-    def __enter__(self):
-        activities = [torch.profiler.ProfilerActivity.CPU]
-        self._profile = torch.profiler.profile(activities=activities, profile_memory=True)
-        self._profile.__enter__()
-        return self
-
-    def __exit__(self, *error):
-        self._profile.__exit__(*error)
-        level = self.peak = 0
-        for event in self._profile.profiler.kineto_results.events():
-            if event.name() == "[memory]":
-                level += event.nbytes()
-                self.peak = max(self.peak, level)
-
-
-def peak(run):
-    """Return the highest memory inside ``run``: the higher of two, as a busy machine's profiler
-    may lose events, up to all of them.
-    """
-    seen = []
-    for _ in range(6):
-        with Memory() as memory:
-            run()
-        if memory.peak:
-            seen.append(memory.peak)
-        if len(seen) == 2:
-            return max(seen)
-    raise AssertionError(f"the profiler saw allocations in {len(seen)} of six runs")
 
 
 def peak_of_a_batch(statistic, count, second):
@@ -64,7 +32,7 @@ def peak_of_a_batch(statistic, count, second):
                 scores.step()
         scores.finish()
 
-    return peak(run)
+    return peak_of(run)
 
 
 COUNT = 20_000
@@ -118,7 +86,7 @@ def test_checkpointed_inputs_are_not_kept():
                 x.sum().backward()
                 scores.step()
 
-        return peak(run)
+        return peak_of(run)
 
     assert used(True) < 0.6 * used(False)
 

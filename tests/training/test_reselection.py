@@ -16,6 +16,7 @@ from torch import nn
 
 from sparseft import attach, attachments_of, select
 from sparseft.errors import AttachError, NonFiniteLossError
+from sparseft.profiling.allocations import Allocations
 from sparseft.training import LoopTrainer, Reselection
 
 _spec = importlib.util.spec_from_file_location("_moving", Path(__file__).with_name("_moving.py"))
@@ -228,28 +229,10 @@ def test_candidates_take_eight_bytes_each_and_nothing_between_windows():
     assert sizes[9] == 0
 
 
-class Memory:
-    """Peak of what is allocated inside a ``with`` block, above what was there."""
-
-    def __enter__(self):
-        activities = [torch.profiler.ProfilerActivity.CPU]
-        self._profile = torch.profiler.profile(activities=activities, profile_memory=True)
-        self._profile.__enter__()
-        return self
-
-    def __exit__(self, *error):
-        self._profile.__exit__(*error)
-        level = self.peak = 0
-        for event in self._profile.profiler.kineto_results.events():
-            if event.name() == "[memory]":
-                level += event.nbytes()
-                self.peak = max(self.peak, level)
-
-
 def test_no_dense_gradient_is_formed_in_a_window_or_a_round():
     side, x = 4096, torch.randn(2, 4096)
     model = nn.Linear(side, side, bias=False)
-    with Memory() as dense:
+    with Allocations() as dense:
         model(x).pow(2).sum().backward()
     assert dense.peak >= 4 * side * side
     model.weight.grad = None
@@ -260,7 +243,7 @@ def test_no_dense_gradient_is_formed_in_a_window_or_a_round():
     moving = Reselection(sparse, steps=1000, every=3, accumulate=2)
     peaks = []
     for _ in range(3):  # outside, naming candidates, and at candidates with the round
-        with Memory() as memory:
+        with Allocations() as memory:
             model(x).pow(2).sum().backward()
             moving.step(optimizer)
             optimizer.step()
