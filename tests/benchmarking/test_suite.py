@@ -147,8 +147,8 @@ def test_names_are_unique_and_the_targets_come_first():
     assert len(set(full)) == len(full)
     assert len(set(NAMES)) == len(NAMES)
     assert full[:5] == [
-        "sampled_grad/4096x4096/T4096",
-        "sampled_grad/11008x4096/T4096",
+        "sampled_grad/4096x4096x4096/bf16",
+        "sampled_grad/11008x4096x4096/bf16",
         "adamw/fp32",
         "model_step/32x128",
         "model_step/128x128",
@@ -218,7 +218,7 @@ def test_lora_sits_on_the_masked_modules():
 def spoil_sampled_grad(monkeypatch):
     real = sampled_grad.sampled_weight_grad
     monkeypatch.setattr(sampled_grad, "sampled_weight_grad", lambda *a: real(*a).roll(1))
-    return "sampled_grad/*", "10.00%"
+    return "sampled_grad/*", "ours, 10%"
 
 
 def spoil_optimizer(monkeypatch):
