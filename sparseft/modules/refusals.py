@@ -52,7 +52,8 @@ def _check_tensor(name: str, parameter: nn.Parameter) -> None:
             f"{name!r} is {parameter.dtype}; masks are on real floating weights. Keep it as two "
             "real parameters, or train it through full_params."
         )
-    if type(parameter) is not nn.Parameter or parameter.dtype not in _DTYPES:
+    plain = type(parameter) is nn.Parameter or _is_fake(parameter)
+    if not plain or parameter.dtype not in _DTYPES:
         kind = f"{type(parameter).__name__} of {parameter.dtype}"
         raise AttachError(
             f"{name!r} is a {kind}, wanted a plain nn.Parameter of float32, bfloat16, float16 or "
@@ -64,6 +65,18 @@ def _check_tensor(name: str, parameter: nn.Parameter) -> None:
             f"{name!r} of shape {tuple(parameter.shape)} is expanded (strides "
             f"{parameter.stride()}): its entries share memory. Make it contiguous first."
         )
+
+
+def _is_fake(parameter: nn.Parameter) -> bool:
+    """Whether it is a stand-in without memory, of the FakeTensorMode that is active now.
+
+    Under its mode a stand-in goes through every op as a plain weight would; outside, none would.
+    """
+    from torch._guards import active_fake_mode
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    mode = active_fake_mode()
+    return mode is not None and isinstance(parameter, FakeTensor) and parameter.fake_mode is mode
 
 
 def _check_owner(name: str, module: nn.Module, attr: str) -> None:

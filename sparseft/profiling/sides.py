@@ -1,0 +1,332 @@
+"""Every way to train a model that figures here compare, built in one place.
+
+`build` works on a CPU, on a GPU, and inside a FakeTensorMode, where the same code runs without
+memory. Masks lie on the weight of every linear layer and embedding of the pre-trained model, its
+output layer included, tied weights once. A new head (the classifier) is no part of it: everyone
+but ``"frozen"`` trains it in full. Biases and norms are trained by ``"dense"`` alone. Weight decay
+is 0: on a diff and on a weight it means different things.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparseft.attachment import Attachment, attach
+from sparseft.diff import SparsePattern
+from sparseft.modules.names import ParameterIndex
+from sparseft.optim import SparseAdamW
+from sparseft.profiling.equal_count import equal_ranks
+from sparseft.profiling.masks import count_at, exact_pattern
+from sparseft.profiling.models import build_inputs, build_model, faked, load_config
+from sparseft.profiling.workload import Unavailable, Way, Workload
+
+__all__ = ["Built", "build", "load_config", "masked_names"]
+
+LR = 1e-4
+Facts = dict[str, Any]
+
+
+@dataclass
+class Built:
+    """A model, ready to train one way.
+
+    Attributes:
+        workload, way: what it was built from.
+        model: with leaves, adapters or hooks on it, in training mode.
+        optimizer: over what is trained; None for ``"frozen"``.
+        attachment: None unless attached.
+        inputs: the batch, labels included; the same for every way.
+        trainable: entries in training, the head's included.
+        head: of them, the new head's.
+        masks: ``"gradient_mask"``: by parameter name, of the weight's shape and dtype (a bool mask
+            would multiply five times slower on a CPU).
+        facts: for reports: ranks, by how much a count is off.
+    """
+
+    workload: Workload
+    way: Way
+    model: nn.Module
+    optimizer: torch.optim.Optimizer | None
+    attachment: Attachment | None
+    inputs: dict[str, Tensor]
+    trainable: int
+    head: int
+    masks: dict[str, Tensor] = field(default_factory=dict)
+    facts: Facts = field(default_factory=dict)
+
+    def forward(self) -> Tensor:
+        """Return the loss."""
+        return self.model(**self.inputs).loss
+
+    def backward(self, loss: Tensor) -> None:
+        """Leave in ``.grad`` what the optimizer should step on."""
+        loss.backward()
+        for name, mask in self.masks.items():
+            grad = self.model.get_parameter(name).grad
+            if grad is not None:
+                grad.mul_(mask)
+
+    def step(self) -> Tensor:
+        """Take one step and return the loss, detached."""
+        if self.optimizer is not None:
+            self.optimizer.zero_grad()
+        loss = self.forward()
+        self.backward(loss)
+        if self.optimizer is not None:
+            self.optimizer.step()
+        return loss.detach()
+
+
+def build(workload: Workload, way: Way, device: torch.device | str) -> Built:
+    """Build one way to train.
+
+    Args:
+        workload: the model and its step.
+        way: how to train it.
+        device: where; inside a FakeTensorMode any kind, at hand or not.
+
+    Raises:
+        Unavailable: the way cannot run here: an absent package, a kind of layer that PEFT lacks, a
+            quantised base on real tensors.
+        DataError, OptionError: the model is not found; task or length do not fit it.
+    """
+    where = torch.device(device)
+    if workload.base and not faked():
+        raise Unavailable(
+            f"base={workload.base!r} is predicted only: its kernels are another package's."
+        )
+    if way.kind in ("lora", "shira") and importlib.util.find_spec("peft") is None:
+        raise Unavailable("peft is not installed (pip install 'sparseft[bench]')")
+    model, task = build_model(workload, where)
+    inputs = build_inputs(workload, model, task, where)
+    make: Callable[[nn.Module, Workload, Way], Built] = _MAKERS[way.kind]
+    built = make(model, workload, way)
+    built.inputs = inputs
+    return built
+
+
+def masked_names(model: nn.Module) -> list[str]:
+    """Canonical names of the weights that a mask is on: linear layers and embeddings, no head."""
+    from transformers.pytorch_utils import Conv1D
+
+    index = ParameterIndex(model)
+    heads = set(_head_names(model))
+    return [
+        name
+        for name in index.names
+        if name not in heads
+        and any(
+            attr == "weight" and isinstance(module, nn.Linear | nn.Embedding | Conv1D)
+            for module, attr in index.owners(name)
+        )
+    ]
+
+
+def _head_names(model: nn.Module) -> list[str]:
+    """Parameters that a pre-trained model does not have: all outside its body, of a classifier.
+
+    The output layer of a language model is pre-trained.
+    """
+    if "SequenceClassification" not in type(model).__name__:
+        return []
+    body = f"{model.base_model_prefix}."
+    return [name for name in ParameterIndex(model).names if not name.startswith(body)]
+
+
+def _numel(model: nn.Module, names: list[str]) -> int:
+    return sum(model.get_parameter(name).numel() for name in names)
+
+
+def _count(model: nn.Module, way: Way) -> int:
+    """Entries that masks of this density keep."""
+    tensors = (model.get_parameter(name) for name in masked_names(model))
+    return sum(count_at(way.share, weight.numel()) for weight in tensors)
+
+
+def _patterns(model: nn.Module, workload: Workload, way: Way) -> dict[str, SparsePattern]:
+    """The same entries for every way, whatever has been drawn before."""
+    patterns = {}
+    for number, name in enumerate(masked_names(model)):
+        weight = model.get_parameter(name)
+        patterns[name] = exact_pattern(
+            tuple(weight.shape),
+            way.share,
+            device=weight.device,
+            seed=workload.seed + number,
+            packed=way.variant == "packed",
+        )
+    return patterns
+
+
+def _optimizer(workload: Workload, parameters: list[Any], *, ours: bool) -> torch.optim.Optimizer:
+    kind = workload.optimizer
+    if kind == "sgd":
+        return torch.optim.SGD(parameters, lr=LR)
+    if kind == "adamw_8bit":
+        # On fake tensors ours stands for bitsandbytes': the same bytes per entry and block.
+        if ours or faked():
+            return SparseAdamW(parameters, lr=LR, weight_decay=0.0, moment_bits=8)
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise Unavailable("bitsandbytes is not installed (pip install bitsandbytes)")
+        from bitsandbytes.optim import AdamW8bit
+
+        return AdamW8bit(parameters, lr=LR, weight_decay=0.0)
+    if kind == "sparse_adamw" and ours:
+        return SparseAdamW(parameters, lr=LR, weight_decay=0.0)
+    fused = None if kind == "adamw_torch" else True
+    return torch.optim.AdamW(parameters, lr=LR, weight_decay=0.0, fused=fused)
+
+
+def _attached(model: nn.Module, workload: Workload, way: Way) -> Built:
+    heads = _head_names(model)
+    attachment = attach(model, _patterns(model, workload, way), full_params=heads)
+    optimizer = _optimizer(workload, list(attachment.parameters()), ours=True)
+    head = _numel(model, heads)
+    return Built(workload, way, model, optimizer, attachment, {}, attachment.nnz + head, head)
+
+
+def _trained(model: nn.Module, workload: Workload, way: Way, names: list[str]) -> Built:
+    """Train these parameters in full, by the competitor's optimizer."""
+    chosen = set(names)
+    for name, parameter in ParameterIndex(model).items():
+        parameter.requires_grad_(name in chosen)
+    parameters = [model.get_parameter(name) for name in names]
+    optimizer = _optimizer(workload, parameters, ours=False)
+    head = _numel(model, [name for name in _head_names(model) if name in chosen])
+    return Built(workload, way, model, optimizer, None, {}, _numel(model, names), head)
+
+
+def _dense(model: nn.Module, workload: Workload, way: Way) -> Built:
+    if way.variant == "matrices":
+        return _trained(model, workload, way, masked_names(model) + _head_names(model))
+    return _trained(model, workload, way, ParameterIndex(model).names)
+
+
+def _gradient_mask(model: nn.Module, workload: Workload, way: Way) -> Built:
+    built = _trained(model, workload, way, masked_names(model) + _head_names(model))
+    for name, pattern in _patterns(model, workload, way).items():
+        weight = model.get_parameter(name)
+        mask = torch.zeros(weight.shape, dtype=weight.dtype, device=weight.device)
+        mask.view(-1)[pattern.indices.long()] = 1
+        built.masks[name] = mask
+    built.trainable = _count(model, way) + built.head
+    return built
+
+
+def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Linear layers with a masked weight, the output layer aside, as adapters have them."""
+    names = set(masked_names(model))
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    found = {}
+    for name, module in model.named_modules():
+        if f"{name}.weight" in names and not isinstance(module, nn.Embedding):
+            if module is not output:
+                found[name] = module
+    return found
+
+
+def _peft_base(model: nn.Module) -> tuple[list[str], list[str]]:
+    """Return (modules of the new head, names of its parameters)."""
+    heads = _head_names(model)
+    return sorted({name.split(".")[0] for name in heads}), heads
+
+
+def _lora(model: nn.Module, workload: Workload, way: Way) -> Built:
+    from peft import LoraConfig, get_peft_model
+
+    wanted = _count(model, way)
+    layers = _linear_layers(model)
+    costs = {name: _features(module) for name, module in layers.items()}
+    ranks = {name: rank for name, rank in equal_ranks(costs, wanted).items() if rank}
+    low = min(ranks.values())
+    modules, heads = _peft_base(model)
+    head = _numel(model, heads)
+    config = LoraConfig(
+        r=low,
+        lora_alpha=2 * low,
+        lora_dropout=0.0,
+        target_modules=list(ranks),
+        rank_pattern={name: rank for name, rank in ranks.items() if rank != low},
+        modules_to_save=modules or None,
+        # Where weights are stored turned, as in GPT-2.
+        fan_in_fan_out=any(not isinstance(m, nn.Linear) for m in layers.values()),
+    )
+    tuned = get_peft_model(model, config, autocast_adapter_dtype=way.variant == "fp32")
+    built = _peft_built(tuned, workload, way, head, wanted)
+    built.facts |= {"ranks": sorted(set(ranks.values())), "adapted modules": len(ranks)}
+    return built
+
+
+def _features(module: nn.Module) -> int:
+    rows, columns = module.weight.shape
+    return int(rows) + int(columns)
+
+
+def _shira(model: nn.Module, workload: Workload, way: Way) -> Built:
+    from peft import ShiraConfig, get_peft_model
+    from peft.tuners.shira.layer import ShiraLayer
+
+    if faked():
+        raise Unavailable("SHiRA's torch.sparse_coo_tensor has no backward on fake tensors")
+    layers = _linear_layers(model)
+    if not all(isinstance(module, nn.Linear) for module in layers.values()):
+        raise Unavailable("PEFT's SHiRA is for nn.Linear, and this model has other linear layers")
+    wanted = _count(model, way)
+    modules, heads = _peft_base(model)
+    head = _numel(model, heads)
+    config = ShiraConfig(r=1, target_modules=list(layers), modules_to_save=modules or None)
+    config.mask_fn = None  # its own draw makes a mask and a permutation of the weight's size
+    tuned = get_peft_model(model, config)
+    adapted = [module for module in tuned.modules() if isinstance(module, ShiraLayer)]
+    entries = sum(module.get_base_layer().weight.numel() for module in adapted)
+    done = seen = 0
+    for number, module in enumerate(adapted):
+        weight = module.get_base_layer().weight
+        seen += weight.numel()
+        until = min(wanted, entries) * seen // entries
+        share = max(1, until - done) / weight.numel()
+        done = until
+        seed = workload.seed + number
+        indices = exact_pattern(tuple(weight.shape), share, device=weight.device, seed=seed).indices
+        columns = weight.shape[1]
+        module.shira_indices["default"] = torch.stack([indices // columns, indices % columns])
+        values = torch.zeros(indices.numel(), dtype=weight.dtype, device=weight.device)
+        module.shira_weight["default"] = nn.Parameter(values)
+    return _peft_built(tuned, workload, way, head, wanted)
+
+
+def _peft_built(tuned: Any, workload: Workload, way: Way, head: int, wanted: int) -> Built:
+    parameters = [p for p in tuned.parameters() if p.requires_grad]
+    trainable = sum(p.numel() for p in parameters)
+    off = (trainable - head) / wanted - 1
+    facts: Facts = {}
+    if abs(off) > 0.01:
+        facts["count"] = f"{off:+.1%} of the attached mask's"
+    optimizer = _optimizer(workload, parameters, ours=False)
+    return Built(workload, way, tuned, optimizer, None, {}, trainable, head, facts=facts)
+
+
+def _frozen(model: Any, workload: Workload, way: Way) -> Built:
+    model.requires_grad_(False)
+
+    def require_grad(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        return output.requires_grad_()
+
+    model.get_input_embeddings().register_forward_hook(require_grad)
+    return Built(workload, way, model, None, None, {}, 0, 0)
+
+
+_MAKERS = {
+    "attached": _attached,
+    "dense": _dense,
+    "gradient_mask": _gradient_mask,
+    "lora": _lora,
+    "shira": _shira,
+    "frozen": _frozen,
+}
