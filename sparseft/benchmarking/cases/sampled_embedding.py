@@ -41,7 +41,7 @@ def sampled_embedding_case(
     densities: tuple[float, ...] = _DENSITIES,
     dtype: str = "bf16",
 ) -> Case:
-    """Compare for a table of ``shape`` (vocabulary, width); gradients of its output in ``dtype``."""
+    """Compare for a table of ``shape`` (vocabulary, width); dY in ``dtype``."""
 
     def build(device: torch.device) -> Prepared:
         kind, (vocab, width) = torch_dtype(_OP, dtype, _DTYPES), shape
