@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ import torch
 from sparseft.benchmarking.results import machine, markdown_table
 from sparseft.evaluation.provenance import provenance
 
-__all__ = ["suite_markdown", "suite_source", "suite_table"]
+__all__ = ["show_spread", "show_time", "suite_markdown", "suite_source", "suite_table"]
 
 _TARGETS = {"case": "case", "what": "target", "measured": "measured", "met": "met"}
 _ONE = {
@@ -143,11 +143,12 @@ def _row(row: Mapping[str, Any], clocks: Sequence[str]) -> dict[str, str]:
         timed = row.get("clocks", {}).get(clock)
         if timed is None:
             continue
-        cells[f"{clock} time"] = _spread(timed["seconds"], _time)
-        cells["host"] = cells["host"] or _time(timed["host_seconds"]["median"])
+        cells[f"{clock} time"] = show_spread(timed["seconds"], show_time)
+        cells["host"] = cells["host"] or show_time(timed["host_seconds"]["median"])
         if "ratio" in timed:
-            cells[f"{clock} ratio"] = _spread(timed["ratio"], lambda x: f"{x:.3f}")
-    figures = [f"{key} {_number(value)}" for key, value in row["facts"].items()]
+            cells[f"{clock} ratio"] = show_spread(timed["ratio"], lambda x: f"{x:.3f}")
+    known = {**row.get("speed", {}), **row["facts"]}
+    figures = [f"{key} {_number(value)}" for key, value in known.items()]
     if row["status"] != "ok":
         # The last line of a traceback says what it was; all of it is in the JSON.
         reason = str(row["reason"]).splitlines()[-1].replace("|", "/")
@@ -155,12 +156,14 @@ def _row(row: Mapping[str, Any], clocks: Sequence[str]) -> dict[str, str]:
     return cells | {"figures": "; ".join(figures)}
 
 
-def _spread(numbers: Mapping[str, float], show: Any) -> str:
+def show_spread(numbers: Mapping[str, float], show: Callable[[float], str]) -> str:
+    """Return ``median (quartile1-quartile3)``."""
     low, high = show(numbers["quartile1"]), show(numbers["quartile3"])
     return f"{show(numbers['median'])} ({low}-{high})"
 
 
-def _time(seconds: float) -> str:
+def show_time(seconds: float) -> str:
+    """Return ``12.3 ms``."""
     size, unit = next((u for u in _UNITS if seconds >= u[0]), _UNITS[-1])
     return f"{seconds / size:.3g} {unit}"
 

@@ -26,7 +26,18 @@ __all__ = ["BAD_INPUT", "FAILURE", "INTERRUPTED", "OK", "TERMINATED", "build_par
 OK, FAILURE, BAD_INPUT, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
 
 # The order of the help; commands that are not named here follow, by name.
-_ORDER = ("demo", "train", "sweep", "eval", "compose", "diff", "convert", "inspect", "overlap")
+_ORDER = (
+    "demo",
+    "train",
+    "sweep",
+    "eval",
+    "compose",
+    "diff",
+    "convert",
+    "inspect",
+    "overlap",
+    "bench",
+)
 # These keep their state on disk: the same command again goes on where it stopped.
 _RESUMABLE = {"demo", "sweep", "train"}
 

@@ -1,0 +1,230 @@
+"""Pictures of records: speed against density, a roofline with the measured ceilings, bars.
+
+All take lines as `read_records` and `make_records` give them, and leave out what was not timed.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sparseft.evaluation.plot import COLOURS, MARKERS
+from sparseft.io.atomic import atomic_write
+
+__all__ = ["plot_density", "plot_roofline", "plot_speedups"]
+
+Record = Mapping[str, Any]
+
+_ACROSS = 3  # panels beside each other
+_LONGEST = 44  # letters of a label
+
+
+def plot_density(records: Iterable[Record], path: str | Path) -> Path | None:
+    """Draw time against density: a panel a case; what has no density is a dashed line.
+
+    Returns:
+        The path; None if no case has rows at two densities or more.
+    """
+    cases = _by_case(_timed(records))
+    shown = {
+        name: rows
+        for name, rows in cases.items()
+        if len({r["density"] for r in rows if r.get("density") is not None}) > 1
+    }
+    if not shown:
+        return None
+    across = min(_ACROSS, len(shown))
+    down = -(-len(shown) // across)
+    figure = _figure(5.2 * across, 4.4 * down)
+    for number, (name, rows) in enumerate(shown.items(), start=1):
+        axes = figure.add_subplot(down, across, number)
+        for place, (label, points) in enumerate(_series(rows).items()):
+            colour = COLOURS[place % len(COLOURS)]
+            if points[0].get("density") is None:
+                axes.axhline(
+                    points[0]["median"], color=colour, linestyle="--", linewidth=1, label=label
+                )
+                continue
+            points.sort(key=lambda r: r["density"])
+            axes.errorbar(
+                [r["density"] for r in points],
+                [r["median"] for r in points],
+                yerr=_bars(points),
+                marker=MARKERS[place % len(MARKERS)],
+                color=colour,
+                capsize=3,
+                linewidth=2 if points[0]["ours"] else 1,
+                label=label,
+            )
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xlabel("density")
+        axes.set_ylabel("seconds (median, quartiles)")
+        axes.set_title(_plain(name), fontsize=9)
+        axes.legend(fontsize=6, frameon=False)
+        _tidy(axes)
+    return _save(figure, path)
+
+
+def plot_roofline(records: Iterable[Record], path: str | Path) -> Path | None:
+    """Draw operations a second against operations a byte, below what was measured in the runs.
+
+    Full markers are ours, hollow ones competitors'; the slope is the copy's bandwidth, the levels
+    are the products of each dtype, each the best of the runs.
+
+    Returns:
+        The path; None if no timed row has both bytes and operations, beside ceilings.
+    """
+    rows = [r for r in _timed(records) if r.get("bytes") and r.get("flops") and r.get("ceilings")]
+    if not rows:
+        return None
+    figure = _figure(7.2, 5.4)
+    axes = figure.add_subplot()
+    copy = max(r["ceilings"]["copy"] for r in rows)
+    products: dict[str, float] = {}
+    for row in rows:
+        for dtype, speed in row["ceilings"]["gemm"].items():
+            products[dtype] = max(speed, products.get(dtype, 0.0))
+    intensity = [r["flops"] / r["bytes"] for r in rows]
+    low = min(intensity) / 2
+    high = max([*intensity, *(2 * speed / copy for speed in products.values())]) * 2
+    top = max(products.values(), default=high * copy)
+    axes.plot([low, top / copy], [low * copy * 1e-12, top * 1e-12], color="black", linewidth=1)
+    axes.annotate(
+        f"copy, {copy * 1e-9:.3g} GB/s", (low, low * copy * 1e-12), fontsize=7, va="bottom"
+    )
+    for dtype, speed in products.items():
+        axes.plot([speed / copy, high], [speed * 1e-12] * 2, color="black", linewidth=1)
+        text = f"GEMM {dtype}, {speed * 1e-12:.3g}"
+        axes.annotate(text, (high, speed * 1e-12), fontsize=7, ha="right", va="bottom")
+    for place, op in enumerate(dict.fromkeys(r["op"] for r in rows)):
+        colour, marker = COLOURS[place % len(COLOURS)], MARKERS[place % len(MARKERS)]
+        for ours in (True, False):
+            those = [r for r in rows if r["op"] == op and bool(r["ours"]) is ours]
+            if not those:
+                continue
+            axes.plot(
+                [r["flops"] / r["bytes"] for r in those],
+                [r["flops"] / r["median"] * 1e-12 for r in those],
+                linestyle="none",
+                marker=marker,
+                markersize=6,
+                markeredgecolor=colour,
+                markerfacecolor=colour if ours else "none",
+                label=_plain(f"{op}, {'ours' if ours else 'others'}"),
+            )
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("operations per byte")
+    axes.set_ylabel("TFLOP/s")
+    axes.set_title("Roofline with the ceilings measured in the run", fontsize=10)
+    axes.legend(fontsize=6, frameon=False)
+    _tidy(axes)
+    return _save(figure, path)
+
+
+def plot_speedups(records: Iterable[Record], path: str | Path) -> Path | None:
+    """Draw a bar for each row of ours: how many times faster than its case's baseline.
+
+    Returns:
+        The path; None if nothing of ours was timed beside a baseline.
+    """
+    rows = [r for r in _timed(records) if r["ours"] and r.get("ratio")]
+    rows = [r for r in rows if r["contender"] != r.get("baseline")]
+    if not rows:
+        return None
+    figure = _figure(8.4, 1.2 + 0.26 * len(rows))
+    axes = figure.add_subplot()
+    values = [1 / r["ratio"]["median"] for r in rows]
+    # A ratio's upper quartile is the speed-up's lower one.
+    below = [v - 1 / r["ratio"]["quartile3"] for v, r in zip(values, rows, strict=True)]
+    above = [1 / r["ratio"]["quartile1"] - v for v, r in zip(values, rows, strict=True)]
+    places = range(len(rows))
+    colours = [COLOURS[0] if v >= 1 else COLOURS[1] for v in values]
+    axes.barh(places, values, xerr=[_positive(below), _positive(above)], color=colours, capsize=2)
+    labels = [_cut(f"{r['case']}: {r['contender']}", 2 * _LONGEST) for r in rows]
+    axes.set_yticks(places, [_plain(label) for label in labels], fontsize=6)
+    axes.invert_yaxis()
+    axes.axvline(1, color="black", linewidth=1)
+    axes.set_xscale("log")
+    axes.set_xlabel("times the speed of the case's baseline (median and quartiles of rounds)")
+    _tidy(axes)
+    return _save(figure, path)
+
+
+def _timed(records: Iterable[Record]) -> list[Record]:
+    return [r for r in records if r["status"] == "ok" and r.get("median")]
+
+
+def _by_case(records: Iterable[Record]) -> dict[str, list[Record]]:
+    cases: dict[str, list[Record]] = {}
+    for record in records:
+        cases.setdefault(record["case"], []).append(record)
+    return cases
+
+
+def _series(rows: Sequence[Record]) -> dict[str, list[Record]]:
+    """Return the rows by name without their density: one line each. Several of one: the median's.
+
+    A name has its density as ``1%`` or ``1.00%``, after ``ours,`` say.
+    """
+    lines: dict[str, dict[float | None, list[Record]]] = {}
+    for row in rows:
+        name = row["contender"]
+        if row.get("density") is not None:
+            words = [word for word in name.split() if not word.rstrip(",").endswith("%")]
+            name = " ".join(words).strip(" ,:") or ("ours" if row["ours"] else "others")
+        lines.setdefault(_cut(name, _LONGEST), {}).setdefault(row.get("density"), []).append(row)
+    return {
+        _plain(name): [
+            sorted(same, key=lambda r: r["median"])[len(same) // 2] for same in points.values()
+        ]
+        for name, points in lines.items()
+    }
+
+
+def _bars(points: Sequence[Record]) -> list[list[float]]:
+    return [
+        _positive([r["median"] - r["quartile1"] for r in points]),
+        _positive([r["quartile3"] - r["median"] for r in points]),
+    ]
+
+
+def _positive(values: Sequence[float]) -> list[float]:
+    return [max(0.0, value) for value in values]
+
+
+def _cut(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 3] + "..."
+
+
+def _plain(text: str) -> str:
+    return text.replace("$", r"\$")  # else mathematics
+
+
+def _figure(wide: float, high: float) -> Any:
+    """Return a figure with the Agg canvas: neither the display nor pyplot's state is touched."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(wide, high), layout="constrained", dpi=130)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _tidy(axes: Any) -> None:
+    axes.grid(color="0.9")
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+
+
+def _save(figure: Any, path: str | Path) -> Path:
+    buffer = io.BytesIO()
+    # matplotlib writes its version into the file otherwise; the same records give the same bytes.
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    with atomic_write(path) as file:
+        file.write(buffer.getvalue())
+    return Path(path)

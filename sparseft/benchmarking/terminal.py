@@ -1,0 +1,84 @@
+"""A case as a table in the terminal: rich's, in colours; in a pipe, plain text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from sparseft.benchmarking.suite_report import show_spread, show_time
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+__all__ = ["case_table", "case_title", "checks_text", "share_text"]
+
+_STYLES = {"red": "bold red", "error": "bold red", "skipped": "dim", "ok": ""}
+
+
+def case_title(result: Mapping[str, Any]) -> str:
+    """Return the case's name with its status, if that is not "ok", and why."""
+    title = result["name"]
+    if result["status"] != "ok":
+        title += f": {result['status'].upper()}"
+    if "contenders" not in result:
+        title += f": {result['reason']}"
+    return title
+
+
+def case_table(result: Mapping[str, Any]) -> Table:
+    """Return a table with a row per contender; wrong ones are red and have no times.
+
+    Args:
+        result: of `run_suite`, with contenders.
+    """
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD)
+    headings = ("contender", "median (quartiles)", "x baseline (quartiles)")
+    for number, heading in enumerate((*headings, "GB/s (% of copy)", "TFLOP/s (% of GEMM)")):
+        table.add_column(heading, justify="left" if number == 0 else "right", overflow="fold")
+    table.add_column("checks", overflow="fold")
+    for row in result["contenders"]:
+        style = _STYLES[row["status"]]
+        if not style and row.get("ours"):
+            style = "bold"
+        cells = [row["name"], *_times(row), *_shares(row), checks_text(row)]
+        table.add_row(*(Text(cell) for cell in cells), style=style)
+    return table
+
+
+def _times(row: Mapping[str, Any]) -> tuple[str, str]:
+    for clock in row.get("clocks", {}).values():  # the first: that of the ratios
+        ratio = clock.get("ratio")
+        return (
+            show_spread(clock["seconds"], show_time),
+            "" if ratio is None else show_spread(ratio, lambda x: f"{x:.3f}"),
+        )
+    return "", ""
+
+
+def _shares(row: Mapping[str, Any]) -> tuple[str, str]:
+    speed = row.get("speed", {})
+    return (
+        share_text(speed, "GB/s", "% of copy"),
+        share_text(speed, "TFLOP/s", "% of GEMM"),
+    )
+
+
+def share_text(speed: Mapping[str, float], unit: str, share: str) -> str:
+    """Return ``23.4 (56%)``; empty where the number is not known."""
+    if unit not in speed:
+        return ""
+    text = f"{speed[unit]:.3g}"
+    return f"{text} ({speed[share]:.3g}%)" if share in speed else text
+
+
+def checks_text(row: Mapping[str, Any]) -> str:
+    """Return how many checks passed; of a row that was not timed, why."""
+    if row["status"] != "ok":
+        lines = str(row.get("reason", "")).splitlines() or [""]
+        return f"{row['status'].upper()}: {lines[-1]}"  # of a traceback what it was
+    count = len(row["checks"])
+    return f"{count} passed" if count else "none"
