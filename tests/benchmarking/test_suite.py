@@ -13,6 +13,7 @@ from sparseft.benchmarking import rotation, suite_cases, suite_markdown, suite_s
 from sparseft.benchmarking import suite as suite_module
 from sparseft.benchmarking.cases import entries, model_step, optimizer, sampled_grad, topk
 from sparseft.benchmarking.checks import Check, as_accurate, equal_bits, rel_rms, worst
+from sparseft.benchmarking.competitors import COMPILE
 from sparseft.benchmarking.masks import packed_pattern, random_pattern, sectors_touched
 from sparseft.benchmarking.rotation import Timing, rotate
 from sparseft.benchmarking.suite import (
@@ -30,6 +31,13 @@ from sparseft.diff import SparsePattern
 CPU = torch.device("cpu")
 NAMES = [case.name for case in suite_cases(tiny=True)]
 RUN = Path(__file__).resolve().parents[2] / "benchmarks" / "run.py"
+# Why a contender may be left out of the tiny cases.
+REASONS = ("peft is not installed", "torch has no kernel for it", f"{COMPILE}=0")
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_compiled(monkeypatch):
+    monkeypatch.setenv(COMPILE, "0")
 
 
 def run_one(name: str, **options):
@@ -162,7 +170,7 @@ def test_every_case_runs_on_the_reference(name):
     assert result["targets"] == []  # they are for GPUs
     for row in result["contenders"]:
         if row["status"] == "skipped":
-            assert "peft is not installed" in row["reason"]
+            assert any(reason in row["reason"] for reason in REASONS)
             continue
         assert row["status"] == "ok"
         for clock in row["clocks"].values():
@@ -278,7 +286,7 @@ def spoil_entries(monkeypatch):
         real(target, at, base, values if backend else values * 1.5, backend=backend)
 
     monkeypatch.setattr(entries, "write_sum_", write)
-    return "entries/write_sum/*", "ours"
+    return "write_sum/*", "ours, 10%"
 
 
 def spoil_model(monkeypatch):
@@ -412,10 +420,10 @@ def runner():
 
 
 def test_one_command_writes_a_report_with_provenance(runner, tmp_path, capsys):
-    arguments = ["suite", "--device", "cpu", "--only", "entries/*", "--rounds", "2"]
+    arguments = ["suite", "--device", "cpu", "--only", "capture/*", "--rounds", "2"]
     assert runner.main([*arguments, "--out", str(tmp_path)]) == 0
     document = json.loads((tmp_path / "suite.json").read_text())
-    assert [case["status"] for case in document["cases"]] == ["ok"] * 3
+    assert [case["status"] for case in document["cases"]] == ["ok"]
     assert document["provenance"]["versions"]["torch"] == torch.__version__
     assert {"device", "commit", "versions", "note"} <= set(document["suite"])
     text = (tmp_path / "suite.md").read_text()
@@ -426,7 +434,7 @@ def test_one_command_writes_a_report_with_provenance(runner, tmp_path, capsys):
 
 def test_results_of_a_cpu_go_to_scratch(runner, tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "HERE", tmp_path)
-    assert runner.main(["suite", "--device", "cpu", "--only", "entries/*", "--rounds", "2"]) == 0
+    assert runner.main(["suite", "--device", "cpu", "--only", "capture/*", "--rounds", "2"]) == 0
     assert [p.name for p in (tmp_path / "results").iterdir()] == ["scratch"]
 
 
