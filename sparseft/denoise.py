@@ -34,7 +34,7 @@ from sparseft.errors import DecompositionError, OptionError
 from sparseft.modules import ParameterIndex
 from sparseft.ops import difference_, plan_svd, prune_residual_
 from sparseft.ops._rank_rules import RankRule
-from sparseft.ops.topk import difference
+from sparseft.ops.score_keys import difference
 
 __all__ = ["Denoise", "Target", "Treated", "denoised", "embedding_names", "treat"]
 

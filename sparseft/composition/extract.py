@@ -22,7 +22,7 @@ from sparseft.io.model_folder import shown_name
 from sparseft.modules import match_patterns
 from sparseft.ops import StreamingTopK
 from sparseft.ops._common import bits
-from sparseft.ops.topk import difference
+from sparseft.ops.score_keys import difference
 from sparseft.selection.counts import total_nnz
 
 __all__ = ["New", "extract_adapter"]

@@ -16,7 +16,7 @@ from sparseft.modules._collective import Ranks
 from sparseft.modules._gradient_tiles import Gradient, Scratch, pieces
 from sparseft.ops import StreamingTopK
 from sparseft.ops._common import accumulation_dtype
-from sparseft.ops.topk import flat_part
+from sparseft.ops.score_keys import flat_part
 
 __all__ = ["OVERFLOW", "Rule", "TensorSums"]
 

@@ -18,7 +18,7 @@ from sparseft.diff import SparsePattern
 from sparseft.ops import gather_entries, sampled_embedding_grad, sampled_weight_grad
 from sparseft.ops._layout import TILE
 from sparseft.ops.live_rows import live_rows
-from sparseft.ops.topk import flat_part
+from sparseft.ops.score_keys import flat_part
 
 __all__ = ["DenseGradient", "EmbeddingGradient", "Gradient", "LinearGradient", "Scratch", "pieces"]
 

@@ -23,8 +23,9 @@ from sparseft.ops.sampled_grad import sampled_embedding_grad, sampled_weight_gra
 from sparseft.ops.sparse_step import adamw_step_, lion_step_, sgd_step_
 from sparseft.ops.spmm import RowGroups, spmm
 from sparseft.ops.spmm_embedding import embedding_diff
+from sparseft.ops.streaming_topk import StreamingTopK
 from sparseft.ops.svd_plan import SvdChunk, SvdPlan, plan_svd
-from sparseft.ops.topk import StreamingTopK, TopK, topk_differences, topk_patterns, topk_single
+from sparseft.ops.topk import TopK, topk_differences, topk_patterns, topk_single
 from sparseft.ops.truncated_svd import TruncatedSVD, truncated_svd
 
 __all__ = [

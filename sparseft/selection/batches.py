@@ -22,7 +22,7 @@ from sparseft.modules import GradientScores, ParameterIndex
 from sparseft.modules._gradient_sums import OVERFLOW
 from sparseft.modules.gradient_scores import Statistic, TensorScores
 from sparseft.ops import gather_entries
-from sparseft.ops.topk import flat_part
+from sparseft.ops.score_keys import flat_part
 from sparseft.selection.counts import is_integer
 from sparseft.selection.registry import Candidates, Piece, pieces_of
 

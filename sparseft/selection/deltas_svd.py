@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sparseft.denoise import Denoise, Target, Treated, embedding_names, treat
 from sparseft.errors import DecompositionError, OptionError
-from sparseft.ops.topk import difference, flat_part
+from sparseft.ops.score_keys import difference, flat_part
 from sparseft.selection.magnitude import pairs_of
 from sparseft.selection.registry import Candidates, Piece, pieces_of, register_selector
 from sparseft.selection.source import Source, TensorSource

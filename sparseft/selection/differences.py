@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from sparseft.ops.topk import difference, flat_part
+from sparseft.ops.score_keys import difference, flat_part
 from sparseft.selection.registry import Piece, pieces_of
 
 __all__ = ["Differences"]

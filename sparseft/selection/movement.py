@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from sparseft.ops.topk import flat_part
+from sparseft.ops.score_keys import flat_part
 from sparseft.selection.magnitude import pairs_of
 from sparseft.selection.registry import Candidates, Piece, pieces_of, register_selector
 from sparseft.selection.source import Source

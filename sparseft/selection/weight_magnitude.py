@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sparseft.errors import OptionError
-from sparseft.ops.topk import flat_part
+from sparseft.ops.score_keys import flat_part
 from sparseft.selection.registry import Candidates, Piece, pieces_of, register_selector
 
 __all__ = ["select_weight_magnitude"]

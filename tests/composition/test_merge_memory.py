@@ -28,7 +28,7 @@ from safetensors.torch import load_file
 from sparseft import extract_adapter
 from sparseft.composition import merge_into_checkpoint
 from sparseft.io import checkpoint_shards
-from sparseft.ops import topk
+from sparseft.ops import score_keys
 
 work, small, small_change, base, tuned, change, pickled = sys.argv[1:]
 
@@ -52,7 +52,7 @@ def whole_difference():
     return torch.cat([(new[n] - old[n]).view(-1) for n in sorted(new)]).abs().topk(1000)
 
 # As small beside this model as they are beside a real one.
-checkpoint_shards.REMAP, topk._CHUNK = 4 << 20, 1 << 16
+checkpoint_shards.REMAP, score_keys.CHUNK = 4 << 20, 1 << 16
 merge_into_checkpoint(small, [small_change], None, work + "/small-merged")
 extract_adapter(small, small)
 base_file = work + "/streamed/model.safetensors"

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from sparseft import ops
 from sparseft.diff import SparsePattern
 from sparseft.errors import BackendError, MaskError
-from sparseft.ops import topk
+from sparseft.ops import score_keys
 from sparseft.ops.topk import topk_reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -68,7 +68,7 @@ def test_equals_one_stable_sort(tensors, fraction, edge, chunk, seed):
     nnz = {"0": 0, "1": 1, "n-1": n - 1, "n": n, "fraction": int(fraction * n)}[edge]
     nnz = max(0, min(nnz, n))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(topk, "_CHUNK", chunk)
+        patch.setattr(score_keys, "CHUNK", chunk)
         got = ops.topk_patterns(scores.items(), nnz, abs=True)
     assert_same(got, topk_reference(scores.items(), nnz), nnz)
 
@@ -76,7 +76,7 @@ def test_equals_one_stable_sort(tensors, fraction, edge, chunk, seed):
 @pytest.mark.parametrize("density", [0.001, 0.1, 0.5])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_larger_than_the_buffer(dtype, density, monkeypatch):
-    monkeypatch.setattr(topk, "_CHUNK", 1000)
+    monkeypatch.setattr(score_keys, "CHUNK", 1000)
     scores = {f"t{i}": torch.randn(97, 131).to(dtype) for i in range(5)}
     nnz = int(density * 5 * 97 * 131)
     assert_same(
@@ -126,7 +126,7 @@ def test_a_factory_is_read_once_lazily():
 @pytest.mark.parametrize("equal", [False, True], ids=["random", "all equal"])
 def test_memory_does_not_grow_with_the_number_of_entries(equal, monkeypatch):
     """Held candidates never pass 2 nnz plus one piece, even when every score ties."""
-    monkeypatch.setattr(topk, "_CHUNK", 4096)
+    monkeypatch.setattr(score_keys, "CHUNK", 4096)
     top, nnz, most = ops.StreamingTopK(500), 500, 0
     for i in range(40):
         top.add(f"t{i}", torch.ones(10_000) if equal else torch.rand(10_000))
@@ -208,7 +208,7 @@ def test_per_row_keeps_k_in_every_row(rows, width, data, kind, chunk):
         order = torch.argsort(scores[r].abs(), descending=True, stable=True)
         expected[r, order[:k]] = True
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(topk, "_CHUNK", chunk)
+        patch.setattr(score_keys, "CHUNK", chunk)
         got = ops.topk_single(scores, k, per_row=True, abs=True)
     assert torch.equal(got.to_mask(), expected)
 
@@ -237,7 +237,7 @@ def pairs_of(shapes, dtype1=torch.float32, dtype0=torch.float32):
 @pytest.mark.parametrize("dtype0", [torch.bfloat16, torch.float64], ids=str)
 def test_differences_are_taken_wide(dtype0, dtype1, chunk, monkeypatch):
     """In fp32, or fp64 if either side is, a piece at a time, and the tensors stay as they are."""
-    monkeypatch.setattr(topk, "_CHUNK", chunk)
+    monkeypatch.setattr(score_keys, "CHUNK", chunk)
     pairs = pairs_of([(9, 5), (), (0, 3), (4,)], dtype1, dtype0)
     before = [(a.clone(), b.clone()) for _, a, b in pairs]
     wide = torch.float64 if torch.float64 in (dtype0, dtype1) else torch.float32
@@ -251,7 +251,7 @@ def test_differences_are_taken_wide(dtype0, dtype1, chunk, monkeypatch):
 
 
 def test_differences_of_strided_tensors(monkeypatch):
-    monkeypatch.setattr(topk, "_CHUNK", 50)
+    monkeypatch.setattr(score_keys, "CHUNK", 50)
     theta1, theta0 = torch.randn(30, 20).t(), torch.randn(20, 60)[:, ::2]
     for pair in ((theta1, theta0), (theta0, theta1), (theta1.contiguous(), theta0)):
         scores = [("a", (pair[0] - pair[1]).abs())]

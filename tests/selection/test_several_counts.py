@@ -38,17 +38,17 @@ class TestSeveralCounts:
 
     @pytest.mark.parametrize("scope", ["global", "tensor", "row"])
     def test_differences_are_taken_once(self, scope, pair, monkeypatch):
-        from sparseft.ops import topk
+        from sparseft.ops import streaming_topk
         from sparseft.selection import differences
 
         base, tuned = pair()
         taken = []
 
-        def count(new, old, of=topk.difference):
+        def count(new, old, of=streaming_topk.difference):
             taken.append(new.numel())
             return of(new, old)
 
-        monkeypatch.setattr(topk, "difference", count)
+        monkeypatch.setattr(streaming_topk, "difference", count)
         monkeypatch.setattr(differences, "difference", count)
         select(tuned, nnz=[5, 50, 20], base=base, scope=scope)
         assert sum(taken) == NUMEL
