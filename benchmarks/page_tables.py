@@ -1,0 +1,182 @@
+"""Whole tables of the page, and the line that says where a file comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+from page_figures import clock_of, duration, number
+from page_files import Files, PageError
+
+from sparseft.benchmarking.results import markdown_table
+
+__all__ = ["TABLES"]
+
+
+def table(files: Files, file: str, only: str = "*", clock: str = "") -> str:
+    """All contenders of the cases that ``only`` fits, on their first clock or the one named."""
+    cases = [case for case in files.cases(file) if fnmatchcase(case["name"], only)]
+    if not cases:
+        names = ", ".join(case["name"] for case in files.cases(file))
+        raise PageError(f"no case fits {only!r}; there are: {names}")
+    rows = [row for case in cases for row in _rows(case, clock)]
+    columns = {
+        "case": "case",
+        "name": "contender",
+        "time": "time (quartiles)",
+        "ratio": "/ first of the case (quartiles)",
+        "GB/s": "GB/s (of a copy)",
+        "TFLOP/s": "TFLOP/s (of a GEMM)",
+    }
+    for speed in ("GB/s", "TFLOP/s"):
+        if not any(row[speed] for row in rows):
+            del columns[speed]
+    return markdown_table(rows, columns).rstrip()
+
+
+def _rows(case: Mapping[str, Any], clock: str) -> list[dict[str, str]]:
+    if "contenders" not in case:
+        return [_blank(case["name"], "", f"{case['status']}: {_short(case['reason'])}")]
+    rows = []
+    for row in case["contenders"]:
+        timed = row.get("clocks", {}).get(clock) if clock else clock_of(row)
+        if timed is None:
+            why = row.get("reason", f"no {clock} clock")
+            rows.append(_blank(case["name"], row["name"], f"{row['status']}: {_short(why)}"))
+            continue
+        speed = row.get("speed", {})
+        rows.append(
+            {
+                "case": case["name"],
+                "name": row["name"],
+                "time": _spread(timed["seconds"], duration),
+                "ratio": _spread(timed["ratio"], "{:.3f}".format) if "ratio" in timed else "",
+                "GB/s": _share(speed, "GB/s", "% of copy"),
+                "TFLOP/s": _share(speed, "TFLOP/s", "% of GEMM"),
+            }
+        )
+    return rows
+
+
+def _blank(case: str, name: str, reason: str) -> dict[str, str]:
+    return {"case": case, "name": name, "time": reason, "ratio": "", "GB/s": "", "TFLOP/s": ""}
+
+
+def _short(reason: str) -> str:
+    # The last line of a traceback says what it was; all of it is in the JSON.
+    return str(reason).strip().splitlines()[-1].replace("|", "/")[:160]
+
+
+def _spread(numbers: Mapping[str, float], show: Callable[[float], str]) -> str:
+    low, high = show(numbers["quartile1"]), show(numbers["quartile3"])
+    return f"{show(numbers['median'])} ({low}-{high})"
+
+
+def _share(speed: Mapping[str, float], name: str, share: str) -> str:
+    if name not in speed:
+        return ""
+    return number(speed[name]) + (f" ({speed[share]:.0f} %)" if share in speed else "")
+
+
+def targets(files: Files, file: str) -> str:
+    """What was aimed at and what was measured."""
+    rows = []
+    for case in files.cases(file):
+        for target in case.get("targets", ()):
+            measured = target["measured"]
+            rows.append(
+                {
+                    "case": case["name"],
+                    "what": target["what"],
+                    "measured": "not measured" if measured is None else f"{measured:.3g}",
+                    "met": {True: "yes", False: "no", None: ""}[target["met"]],
+                }
+            )
+    heads = {"case": "case", "what": "target", "measured": "measured", "met": "met"}
+    return markdown_table(rows, heads).rstrip() if rows else "No targets for this device."
+
+
+def steps(files: Files, file: str, task: str = "*") -> str:
+    """Training steps attached against dense with a mask."""
+    rows = []
+    for result in files.cases(file):
+        case, ratio = result["case"], result["ratio"]
+        if not fnmatchcase(case["task"], task):
+            continue
+        rows.append(
+            {
+                "task": case["task"],
+                "batch": f"{case['batch']} x {case['length']}",
+                "density": f"{100 * case['density']:g} %",
+                "baseline": duration(result["baseline_seconds"]["median"]),
+                "ours": duration(result["ours_seconds"]["median"]),
+                "ratio": _spread(ratio, "{:.3f}".format),
+                "state": f"{100 * result['state_ratio']:.3g} %",
+            }
+        )
+    if not rows:
+        raise PageError(f"no task fits {task!r}")
+    heads = {
+        "task": "task",
+        "batch": "batch x length",
+        "density": "density",
+        "baseline": "dense + mask",
+        "ours": "attached",
+        "ratio": "ratio (quartiles)",
+        "state": "trained state",
+    }
+    return markdown_table(rows, heads).rstrip()
+
+
+def sweep(files: Files, file: str, *labels: str) -> str:
+    """Methods by density, mean over the target languages; ``name=Label`` says it better."""
+    from sparseft.evaluation.comparison import mean_cell
+    from sparseft.evaluation.markdown import cell_text, escape
+
+    named = dict(label.split("=", 1) for label in labels)
+    summaries = files.scores(file).summary()
+    densities = sorted({s.density for s in summaries if s.density is not None})
+    cells = {(s.setting, s.density): cell_text(mean_cell(s)) for s in summaries}
+    heads = [f"{100 * density:.4g} %" for density in densities]
+    lines = ["| method | " + " | ".join(heads) + " |", "|---|" + "---:|" * len(heads)]
+    for name in dict.fromkeys(s.setting for s in summaries if s.density is not None):
+        row = [cells.get((name, density), "-") for density in densities]
+        lines.append(f"| {escape(named.pop(name, name))} | " + " | ".join(row) + " |")
+    if named:
+        raise PageError(f"no such setting: {', '.join(named)}")
+    return "\n".join(lines)
+
+
+def source(files: Files, file: str) -> str:
+    """Commit, machine, threads and versions, in one sentence's words."""
+    document = files.document(file)
+    made = document["provenance"]
+    git = made.get("git")
+    if git is None:
+        commit = "no checkout"
+    else:
+        commit = git["sha"][:12] + (" with changes" if git["dirty"] else "")
+    hardware = made.get("hardware", {})
+    extra = document.get("suite", {})
+    device = extra.get("device") or hardware.get("cpu") or made.get("processor", "unknown")
+    device = device.removeprefix("cpu: ")
+    threads = made.get("machine", {}).get("threads")
+    versions = ", ".join(f"{key} {made['versions'][key]}" for key in _named(made["versions"]))
+    parts = [device, f"commit {commit}", versions]
+    if made.get("machine", {}).get("device", "cpu") == "cpu" and threads is not None:
+        parts.insert(1, f"{threads} thread{'' if threads == 1 else 's'}")
+    return "; ".join(parts)
+
+
+def _named(versions: Mapping[str, str]) -> Sequence[str]:
+    return [name for name in ("python", "torch", "transformers", "triton") if name in versions]
+
+
+TABLES: dict[str, Callable[..., str]] = {
+    "source": source,
+    "steps": steps,
+    "sweep": sweep,
+    "table": table,
+    "targets": targets,
+}
