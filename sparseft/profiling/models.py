@@ -20,14 +20,15 @@ __all__ = ["TORCH_DTYPES", "build_inputs", "build_model", "faked", "load_config"
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LABELS = 3
+# Where a config does not say, the first that its kind of model has.
 _FACTORIES = {
     "mlm": ("AutoModelForMaskedLM", "MODEL_FOR_MASKED_LM_MAPPING_NAMES"),
+    "causal": ("AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"),
+    "seq2seq": ("AutoModelForSeq2SeqLM", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES"),
     "classification": (
         "AutoModelForSequenceClassification",
         "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
     ),
-    "causal": ("AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"),
-    "seq2seq": ("AutoModelForSeq2SeqLM", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES"),
 }
 _ENDINGS = {
     "ForMaskedLM": "mlm",
@@ -63,9 +64,7 @@ def load_config(model: str) -> Any:
     if (fields := shape_of(model)) is not None:
         return AutoConfig.for_model(**fields)
     try:
-        return load_from_anywhere(
-            model, lambda **where: AutoConfig.from_pretrained(model, **where)
-        )
+        return load_from_anywhere(model, lambda **where: AutoConfig.from_pretrained(model, **where))
     except (OSError, ValueError, KeyError) as error:
         raise DataError(
             f"model {model!r} is no folder, no size ({', '.join(SIZES)}), and cannot be fetched: "
@@ -154,8 +153,16 @@ def build_model(workload: Workload, device: torch.device) -> tuple[nn.Module, st
                 model = factory.from_config(config, dtype=dtype)
     model.train()
     if workload.checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        _checkpoint(model)
     return model, task
+
+
+def _checkpoint(model: Any) -> None:
+    options = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):  # the name since transformers 5.2x
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
 
 def _prepare(config: Any, task: str, workload: Workload) -> None:

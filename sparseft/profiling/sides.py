@@ -9,10 +9,12 @@ is 0: on a diff and on a weight it means different things.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +25,7 @@ from sparseft.modules.names import ParameterIndex
 from sparseft.optim import SparseAdamW
 from sparseft.profiling.equal_count import equal_ranks
 from sparseft.profiling.masks import count_at, exact_pattern
-from sparseft.profiling.models import build_inputs, build_model, faked, load_config
+from sparseft.profiling.models import TORCH_DTYPES, build_inputs, build_model, faked, load_config
 from sparseft.profiling.workload import Unavailable, Way, Workload
 
 __all__ = ["Built", "build", "load_config", "masked_names"]
@@ -257,10 +259,30 @@ def _lora(model: nn.Module, workload: Workload, way: Way) -> Built:
         # Where weights are stored turned, as in GPT-2.
         fan_in_fan_out=any(not isinstance(m, nn.Linear) for m in layers.values()),
     )
-    tuned = get_peft_model(model, config, autocast_adapter_dtype=way.variant == "fp32")
+    wide = way.variant == "fp32"
+    with _adapters_in_place(torch.float32 if wide else TORCH_DTYPES[workload.dtype], model):
+        tuned = get_peft_model(model, config, autocast_adapter_dtype=wide)
     built = _peft_built(tuned, workload, way, head, wanted)
     built.facts |= {"ranks": sorted(set(ranks.values())), "adapted modules": len(ranks)}
     return built
+
+
+@contextlib.contextmanager
+def _adapters_in_place(dtype: torch.dtype, model: Any) -> Iterator[None]:
+    """On fake tensors: make PEFT's adapters where and as they belong, for it cannot move them.
+
+    ``Module.to`` of a fake module fails (torch 2.13: "Couldn't swap").
+    """
+    if not faked():
+        yield
+        return
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with model.device, mock.patch.object(nn.Module, "to", lambda module, *_, **__: module):
+            yield
+    finally:
+        torch.set_default_dtype(default)
 
 
 def _features(module: nn.Module) -> int:
@@ -318,7 +340,10 @@ def _frozen(model: Any, workload: Workload, way: Way) -> Built:
     def require_grad(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
         return output.requires_grad_()
 
-    model.get_input_embeddings().register_forward_hook(require_grad)
+    shared = model.get_input_embeddings().weight
+    for module in model.modules():  # encoder and decoder may each have a module of the same weight
+        if isinstance(module, nn.Embedding) and module.weight is shared:
+            module.register_forward_hook(require_grad)
     return Built(workload, way, model, None, None, {}, 0, 0)
 
 

@@ -34,9 +34,7 @@ def _one_of(what: str, got: object, allowed: Iterable[str]) -> None:
     allowed = list(allowed)
     if got not in allowed:
         shown = ", ".join(repr(name) for name in allowed)
-        raise OptionError(
-            f"{what} {got!r} is not one of {shown}.{did_you_mean(str(got), allowed)}"
-        )
+        raise OptionError(f"{what} {got!r} is not one of {shown}.{did_you_mean(str(got), allowed)}")
 
 
 def _positive(what: str, got: object) -> None:
