@@ -13,8 +13,8 @@ import torch
 from sparseft import Adapter, Composer, SparseDiff
 from sparseft.benchmarking import compose_cases, suite_cases, suite_source, suite_table
 from sparseft.benchmarking.cases import composable_sft as peer
-from sparseft.benchmarking.cases import compose, compose_sides
-from sparseft.benchmarking.cases.compose import FIRST, OURS, PEER
+from sparseft.benchmarking.cases import compose, compose_sides, load
+from sparseft.benchmarking.cases.compose import COMPILED, DENSE, FIRST, OURS, PEER, PLAIN
 from sparseft.benchmarking.cases.compose_sides import Sides, build_model, random_adapters
 from sparseft.benchmarking.rotation import Timing
 from sparseft.benchmarking.suite import Contender, at_most, faster, run_suite
@@ -22,6 +22,11 @@ from sparseft.benchmarking.suite import Contender, at_most, faster, run_suite
 CPU = torch.device("cpu")
 NAMES = [case.name for case in compose_cases("tiny")]
 RUN = Path(__file__).resolve().parents[2] / "benchmarks" / "run.py"
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled(monkeypatch):
+    monkeypatch.setenv("SPARSEFT_BENCH_COMPILE", "0")
 
 
 def run_one(name, dtype="fp32", **options):
@@ -70,10 +75,8 @@ def test_its_file_comes_back_as_coalesced_tensors(small_adapter, tmp_path):
             assert tensor.is_coalesced()
             assert torch.equal(tensor.to_dense(), diff.to_dense())
             assert tensor._nnz() == diff.nnz
-    assert compose._same_content({"x": small_adapter}, {"x": loaded}).passed
-    assert not compose._same_content(
-        {"x": small_adapter}, {"x": loaded | {"a": made["a"] * 2}}
-    ).passed
+    assert load._same_content({"x": small_adapter}, {"x": loaded}).passed
+    assert not load._same_content({"x": small_adapter}, {"x": loaded | {"a": made["a"] * 2}}).passed
 
 
 def test_our_converter_reads_its_file(small_adapter, tmp_path):
@@ -154,10 +157,12 @@ def test_every_case_runs(name):
     assert result["status"] == "ok", result
     assert result["targets"] == []  # of tiny shapes nothing is asked
     for row in result["contenders"]:
+        if row["name"] == COMPILED:
+            assert row["status"] == "skipped"
+            continue
         assert row["clocks"]["wall"]["seconds"]["median"] > 0
-        if row["name"] != PEER:
-            assert row["checks"]
-            assert all(check["passed"] for check in row["checks"])
+        assert row["checks"]
+        assert all(check["passed"] for check in row["checks"])
     json.dumps(result)
     assert f"| {result['name']} | {PEER} |" in suite_table([result], suite_source(CPU))
 
@@ -178,13 +183,14 @@ def test_what_is_timed_is_what_was_checked(which, monkeypatch):
     active = {int(n.removeprefix("adapter")): c for n, c in sides.composer.active.items()}
     assert (active == {}) == which.startswith("compose/switch")
     sides.composer.revert()
-    peer.revert(sides.theirs, active, sides.diffs)  # it is where ours is
+    for _ in (PEER, PLAIN, DENSE):  # each is where ours is
+        peer.revert(sides.theirs, active, sides.diffs)
     for name, parameter in sides.ours.named_parameters():
         assert torch.allclose(sides.theirs.get_parameter(name), parameter, atol=1e-6)
 
 
 def test_loading_leaves_no_files(monkeypatch, tmp_path):
-    monkeypatch.setattr(compose.tempfile, "mkdtemp", lambda prefix: str(tmp_path / "files"))
+    monkeypatch.setattr(load.tempfile, "mkdtemp", lambda prefix: str(tmp_path / "files"))
     assert run_one("compose/load*")["status"] == "ok"
     assert not (tmp_path / "files").exists()
 
@@ -228,12 +234,12 @@ def spoil_neighbours(monkeypatch):
 def spoil_load(monkeypatch):
     real = Adapter.load
 
-    def load(path, **options):
+    def negated(path, **options):
         adapter = real(path, **options)
         return Adapter({n: SparseDiff(d.indices, -d.values, d.shape) for n, d in adapter.items()})
 
-    monkeypatch.setattr(Adapter, "load", load)
-    return "compose/load*", compose.FULL
+    monkeypatch.setattr(Adapter, "load", negated)
+    return "compose/load*", load.FULL
 
 
 @pytest.mark.parametrize("spoil", [spoil_undo, spoil_sum, spoil_neighbours, spoil_load])
@@ -258,6 +264,18 @@ def test_first_switches_build_their_union_anew(monkeypatch):
     result = run_one("compose/switch2*")
     rounds = len(rows_of(result)[FIRST]["clocks"]["wall"]["samples"])
     assert len(counted) == rounds + 3  # warm-up
+
+
+def spoil_index_add(sides):
+    return sides.index_adds(lambda weight, at, values, coeff: weight.index_add_(0, at, values))
+
+
+@pytest.mark.parametrize("wrong", [spoil_index_add, lambda sides: lambda i, coeff: None])
+def test_a_wrong_competitor_is_not_timed(wrong):
+    sides = Sides(2, "tiny", "fp32", 0.05, CPU)
+    walk = compose._walk("grid", 2)
+    assert compose._plain(sides.coo(), sides, walk, 0.05).status == "ok"
+    assert compose._plain(wrong(sides), sides, walk, 0.05).status == "red"
 
 
 # Targets and the command.

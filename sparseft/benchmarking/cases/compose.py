@@ -1,63 +1,86 @@
-"""Switching, re-weighting and loading adapters against what composable-sft does.
+"""Switching and re-weighting adapters against what composable-sft and plain torch do.
 
-Both sides hold the same adapters on copies of one model with random weights, embeddings included;
-the competitor's diffs lie on the model's device. Before anything is timed, the composed weights
+All sides hold the same adapters on copies of one model with random weights, embeddings included;
+the competitors' diffs lie on the model's device. Before anything is timed, the composed weights
 must be as near to the exact sum as the competitor's, untouched entries must keep their bits, and
-taking ours off must give the base's bits. How many entries the competitor's round trip leaves
-changed is in the figures.
+taking ours off must give the base's bits; competitors must be as near as their roundings let them.
+How many entries the competitor's round trip leaves changed is in the figures.
+
+Plain sides: composable-sft's COO adds, `index_add_` tensor by tensor, the same compiled, and dense
+task vectors, which cost the same at any density.
 """
 
 from __future__ import annotations
 
-import itertools
-import shutil
-import tempfile
-import weakref
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+import os
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from sparseft.adapter import Adapter
 from sparseft.benchmarking.cases import composable_sft as peer
+from sparseft.benchmarking.cases.asked import check_densities, check_shape, percent, torch_dtype
 from sparseft.benchmarking.cases.compose_sides import (
     DTYPES,
     MODELS,
     Active,
+    Add,
+    Move,
     Sides,
-    build_model,
-    random_adapters,
+    walked,
 )
-from sparseft.benchmarking.checks import Check
+from sparseft.benchmarking.cases.encoders import DIMS, Model, parameter_shapes
+from sparseft.benchmarking.cases.load import load_case
+from sparseft.benchmarking.cases.parts import typical
+from sparseft.benchmarking.catalogue import OpBench, Shape, case_name
+from sparseft.benchmarking.competitors import COMPILE
+from sparseft.benchmarking.limits import require_memory, too_little
 from sparseft.benchmarking.rotation import Timing
-from sparseft.benchmarking.suite import Case, Contender, Facts, Prepared, Target, at_most, faster
+from sparseft.benchmarking.suite import Case, Contender, Prepared, Target, at_most, attempt, faster
 from sparseft.composition import Composer
 
 __all__ = [
+    "BENCHES",
     "DTYPES",
     "MODELS",
     "compose_cases",
     "grid_case",
     "language_case",
-    "load_case",
     "switch_case",
 ]
 
 DENSITY = 0.0276
 PEER = "composable-sft"
 PEER_HOST = "composable-sft, diffs in host memory"
+PLAIN = "torch index_add_"
+COMPILED = "compiled: index_add_"
+DENSE = "dense task vectors"
 OURS = "Composer"
 FIRST = "Composer, first switch"
 COPY = "copy"
-FULL = "Adapter.load, full check"
-LAZY = "Adapter.load, lazy, all used"
-COMPACT = "Adapter.load, compact file, full check"
 
 _COPY_BYTES = 1 << 30
+_XLMR = (12, 768, 250_002)
 # The grid's coefficients, one pair after the other.
 _GRID = ((1.0, 0.25), (1.0, 0.5), (1.0, 0.75), (0.8, 1.0))
+
+
+class _Walk(NamedTuple):
+    """What is done over and over.
+
+    Args:
+        adapters: how many there are.
+        start: what lies on the model before the first run.
+        runs: units of work, one after the other, the first after the last.
+        shown: the compositions that are checked.
+    """
+
+    adapters: int
+    start: Active
+    runs: list[tuple[Move, ...]]
+    shown: list[Active]
 
 
 def compose_cases(
@@ -75,255 +98,245 @@ def compose_cases(
 
 def switch_case(count: int, model: str, dtype: str, *, density: float = DENSITY) -> Case:
     """Put ``count`` adapters on the base and take them off again."""
-
-    def build(device: torch.device) -> Prepared:
-        sides = Sides(count, model, dtype, density, device)
-        everything = dict.fromkeys(range(count), 1.0)
-        checks, facts = sides.checked([everything])
-        names = sides.names(everything)
-
-        def ours() -> None:
-            sides.composer.switch(names)
-            sides.composer.revert()
-
-        def first() -> None:
-            composer = Composer(sides.ours, sides.adapters)
-            composer.switch(names)
-            composer.revert()
-
-        def theirs(diffs: Sequence[peer.Diffs]) -> Callable[[], None]:
-            def run() -> None:
-                peer.subtract_and_add(sides.theirs, {}, everything, diffs)
-                peer.revert(sides.theirs, everything, diffs)
-
-            return run
-
-        moved = sides.bytes_applied(everything) + sides.bytes_restored(everything)
-        contenders = {
-            PEER: Contender(theirs(sides.diffs), facts=facts),
-            OURS: Contender(ours, checks, sides.facts(everything)),
-            FIRST: Contender(first, checks, sides.facts(everything)),
-        }
-        targets = [faster(20, OURS, PEER), _roofline_target(moved)]
-        if device.type == "cuda":
-            on_host = [peer.as_coo(a, torch.device("cpu")) for a in sides.adapters.values()]
-            contenders[PEER_HOST] = Contender(theirs(on_host))
-            contenders[COPY] = _copy(device)
-        elif model == "xlmr_base":
-            limit = 1.0 if count <= 2 else 0.4
-            targets = [at_most(limit, OURS, PEER, devices=("cpu",))]
-        return _prepared(sides, contenders, targets, {OURS: moved})
-
-    return Case(f"compose/switch{count}/{dtype}/{model}", build)
+    return _named("switch", count, model, dtype, density)
 
 
 def language_case(model: str, dtype: str, *, density: float = DENSITY) -> Case:
     """Change from one language to another, the task kept: to and fro, one change at a time."""
-
-    def build(device: torch.device) -> Prepared:
-        sides = Sides(3, model, dtype, density, device)
-        active: list[Active] = [{0: 1.0, 1: 1.0}, {0: 1.0, 2: 1.0}]
-        checks, facts = sides.checked(active)
-        named = [sides.names(a) for a in active]
-        turns = itertools.cycle((1, 0))
-        their_turns = itertools.cycle(((1, 2), (2, 1)))
-        sides.composer.switch(named[0])
-        peer.subtract_and_add(sides.theirs, {}, active[0], sides.diffs)
-
-        def ours() -> None:
-            sides.composer.switch(named[next(turns)])
-
-        def theirs() -> None:
-            off, on = next(their_turns)  # the task stays
-            peer.subtract_and_add(sides.theirs, {off: 1.0}, {on: 1.0}, sides.diffs)
-
-        moved = sides.bytes_applied(active[0]) + sides.bytes_restored(active[1])
-        contenders = {
-            PEER: Contender(theirs, facts=facts),
-            OURS: Contender(ours, checks, sides.facts(active[0])),
-        }
-        targets = []
-        if device.type == "cuda":
-            contenders[COPY] = _copy(device)
-            targets = [
-                Target(
-                    f"{OURS}: a language switch in at most 1 ms",
-                    lambda timing, _: timing.median(OURS) if OURS in timing.seconds else None,
-                    1e-3,
-                    False,
-                ),
-                faster(20, OURS, PEER),
-                _roofline_target(moved),
-            ]
-        return _prepared(sides, contenders, targets, {OURS: moved})
-
-    return Case(f"compose/language/{dtype}/{model}", build)
+    return _named("language", 3, model, dtype, density)
 
 
 def grid_case(model: str, dtype: str, *, density: float = DENSITY) -> Case:
     """Give two adapters on the model other coefficients, one pair of a grid after the other."""
-
-    def build(device: torch.device) -> Prepared:
-        sides = Sides(2, model, dtype, density, device)
-        grid: list[Active] = [dict(enumerate(pair)) for pair in _GRID]
-        checks, facts = sides.checked(grid)
-        points = itertools.cycle([*grid[1:], grid[0]])
-        steps = itertools.cycle(list(zip(grid, [*grid[1:], grid[0]], strict=True)))
-        sides.composer.switch(sides.names(grid[0]))
-        peer.subtract_and_add(sides.theirs, {}, grid[0], sides.diffs)
-
-        def ours() -> None:
-            sides.composer.switch(sides.names(next(points)))
-
-        def theirs() -> None:
-            peer.subtract_and_add(sides.theirs, *next(steps), sides.diffs)
-
-        moved = sides.bytes_applied(grid[0])
-        contenders = {
-            PEER: Contender(theirs, facts=facts),
-            OURS: Contender(ours, checks, sides.facts(grid[0])),
-        }
-        targets = []
-        if device.type == "cuda":
-            contenders[COPY] = _copy(device)
-            targets = [_roofline_target(moved)]
-        return _prepared(sides, contenders, targets, {OURS: moved})
-
-    return Case(f"compose/grid/{dtype}/{model}", build)
+    return _named("grid", 2, model, dtype, density)
 
 
-def load_case(model: str, dtype: str, *, density: float = DENSITY) -> Case:
-    """Load two adapters from files of equal content; they lie in the page cache."""
-
-    def build(device: torch.device) -> Prepared:
-        shapes = {
-            n: p.shape for n, p in build_model(model, torch.device("meta")).named_parameters()
-        }
-        adapters = random_adapters(2, shapes, DTYPES[dtype], density, torch.device("cpu"))
-        folder = Path(tempfile.mkdtemp(prefix="sparseft-bench-"))
-        try:
-            for name, adapter in adapters.items():
-                adapter.save(folder / name)
-                adapter.save(folder / f"{name}-compact", compact=True)
-                peer.save(adapter, folder / f"{name}.bin")
-            sizes = {
-                "": _size(folder / name / "adapter.safetensors"),
-                "-compact": _size(folder / f"{name}-compact" / "adapter.safetensors"),
-                ".bin": _size(folder / f"{name}.bin"),
-            }
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
-
-        def ours(suffix: str, check: Any) -> Callable[[], dict[str, Adapter]]:
-            def run() -> dict[str, Adapter]:
-                loaded = {n: Adapter.load(folder / f"{n}{suffix}", check=check) for n in adapters}
-                for adapter in loaded.values():
-                    for _ in adapter.values():  # reads and checks what was not yet
-                        pass
-                return loaded
-
-            return run
-
-        def theirs() -> dict[str, dict[str, Tensor]]:
-            return {n: peer.load(folder / f"{n}.bin") for n in adapters}
-
-        weakref.finalize(theirs, shutil.rmtree, folder, ignore_errors=True)
-        runs = {FULL: ours("", "full"), LAZY: ours("", "lazy"), COMPACT: ours("-compact", "full")}
-        same = _same_content(adapters, theirs())
-        contenders = {
-            PEER: Contender(theirs, [same], {"bytes per entry": _per(adapters, sizes, ".bin")})
-        }
-        for name, run in runs.items():
-            suffix = "-compact" if name == COMPACT else ""
-            wrong = sum(
-                not loaded[n].equals(diff)
-                for own, loaded in run().items()
-                for n, diff in adapters[own].items()
-            )
-            contenders[name] = Contender(
-                run,
-                [Check("tensors that differ", float(wrong), 0.0)],
-                {"backend": "reference", "bytes per entry": _per(adapters, sizes, suffix)},
-            )
-        targets = [faster(20, name, PEER, devices=("cpu",)) for name in runs]
-        return Prepared(
-            contenders,
-            PEER,
-            clocks=("wall",),
-            targets=tuple(targets) if model == "xlmr_base" else (),
-            facts={"adapters": 2, "entries each": next(iter(adapters.values())).nnz},
-            warmup=1,
-            least=3,
-        )
-
-    return Case(f"compose/load/{dtype}/{model}", build)
+def _named(kind: str, count: int, model: str, dtype: str, density: float) -> Case:
+    label = f"{kind}{count}" if kind == "switch" else kind
+    build = partial(_build, kind, count, model, dtype, {"": density})
+    return Case(f"compose/{label}/{dtype}/{model}", build)
 
 
-def _size(file: Path) -> int:
-    return file.stat().st_size
+def _asked(
+    kind: str, dims: str, shape: Shape, densities: tuple[float, ...], dtype: str
+) -> Case:  # fmt: skip
+    op = f"compose_{kind}"
+    check_shape(op, dims, shape)
+    check_densities(op, densities)
+    torch_dtype(op, dtype, tuple(DTYPES))
+    count = shape[len(DIMS.split("x"))] if kind == "switch" else {"language": 3, "grid": 2}[kind]
+    model = shape[: len(DIMS.split("x"))]
+    rows = {f", {percent(d)}": d for d in densities}
+    build = partial(_build, kind, count, model, dtype, rows)
+    return Case(case_name(op, shape, dtype), build)
 
 
-def _per(adapters: Mapping[str, Adapter], sizes: Mapping[str, int], suffix: str) -> float:
-    return sizes[suffix] / list(adapters.values())[-1].nnz
+def _walk(kind: str, count: int) -> _Walk:
+    if kind == "switch":
+        everything = dict.fromkeys(range(count), 1.0)
+        there, back = Move({}, everything, everything), Move(everything, {}, {})
+        return _Walk(count, {}, [(there, back)], [everything])
+    if kind == "language":
+        one, other = {0: 1.0, 1: 1.0}, {0: 1.0, 2: 1.0}
+        runs = [Move({1: 1.0}, {2: 1.0}, other), Move({2: 1.0}, {1: 1.0}, one)]
+        return _Walk(count, one, [(move,) for move in runs], [one, other])
+    grid: list[Active] = [dict(enumerate(pair)) for pair in _GRID]
+    following = zip(grid, [*grid[1:], grid[0]], strict=True)
+    return _Walk(count, grid[0], [(Move(a, b, b),) for a, b in following], grid)
 
 
-def _same_content(adapters: Mapping[str, Adapter], loaded: dict[str, dict[str, Tensor]]) -> Check:
-    wrong = 0
-    for own, adapter in adapters.items():
-        for name, diff in adapter.items():
-            theirs = loaded[own][name]
-            at = torch.zeros_like(theirs.indices()[0])
-            for size, along in zip(diff.shape, theirs.indices(), strict=True):
-                at = at * size + along
-            wrong += not torch.equal(at, diff.indices.long())
-            wrong += not torch.equal(theirs.values(), diff.values)
-    return Check("tensors that differ", float(wrong), 0.0)
-
-
-def _prepared(
-    sides: Sides,
-    contenders: dict[str, Contender],
-    targets: list[Target],
-    moved: Mapping[str, float],
+def _build(
+    kind: str,
+    count: int,
+    model: Model,
+    dtype: str,
+    rows: dict[str, float],
+    device: torch.device,
 ) -> Prepared:
-    def derive(timing: Timing, name: str, contender: Contender) -> Facts:
-        if name not in moved:
-            return {}
-        facts: Facts = {"GB/s": moved[name] / timing.median(name) * 1e-9}
-        if COPY in timing.seconds:
-            facts["% of copy"] = 100 * _of_copy(timing, moved[name])
-        return facts
-
+    walk = _walk(kind, count)
+    numel = sum(s.numel() for s in parameter_shapes(model).values())
+    size = DTYPES[dtype].itemsize
+    # per row two models; adapters as indices and values, and as coordinates; beside them a copy of
+    # one model, and of its largest tensor what checks need in fp64
+    each = sum(2 * size + d * count * (4 + 16 + 2 * size) for d in rows.values())
+    require_memory(numel * (each + 2 * size + 8), device)
+    contenders: dict[str, Contender] = {}
+    made: dict[str, Sides] = {}
+    usual = typical(list(rows.values()))
+    for suffix, density in rows.items():
+        sides = made[suffix] = Sides(walk.adapters, model, dtype, density, device)
+        contenders |= _contenders(kind, sides, walk, suffix, density)
+        if density == usual:
+            contenders[COMPILED + suffix] = _compiled(sides, walk, density)
+    sides = next(iter(made.values()))
+    if device.type == "cuda" and kind == "switch":
+        suffix = next(s for s, d in rows.items() if d == usual)
+        contenders[PEER_HOST] = _from_host(made[suffix], walk, usual)
+    contenders[DENSE] = attempt(lambda: _dense(sides, walk, numel * size))
+    if device.type == "cuda":
+        contenders[COPY] = _copy(device)
+    suffix = next((s for s, d in rows.items() if d == DENSITY), "")
     return Prepared(
         contenders,
-        PEER,
-        clocks=("device", "wall") if sides.device.type == "cuda" else ("wall",),
-        targets=tuple(targets),
-        derive=derive,
+        next(iter(contenders)),
+        clocks=("device", "wall") if device.type == "cuda" else ("wall",),
+        targets=_targets(kind, count, model, suffix, device, contenders.get(OURS + suffix)),
         facts={
             "tensors": len(list(sides.ours.parameters())),
-            "parameters": sum(p.numel() for p in sides.ours.parameters()),
-            "adapters": len(sides.adapters),
+            "parameters": numel,
+            "adapters": count,
             "entries each": next(iter(sides.adapters.values())).nnz,
         },
     )
 
 
+def _contenders(
+    kind: str, sides: Sides, walk: _Walk, suffix: str, density: float
+) -> dict[str, Contender]:
+    """Return all rows of one density, each where its first run begins."""
+    checks, facts = sides.checked(walk.shown)
+    active = walk.shown[0]
+    moved = sides.bytes_applied(active)
+    if kind != "grid":
+        moved += sides.bytes_restored(walk.shown[-1])
+
+    def first() -> None:
+        composer = Composer(sides.ours, sides.adapters)
+        composer.switch(sides.names(active))
+        composer.revert()
+
+    made = {
+        PEER: _plain(sides.coo(), sides, walk, density),
+        PLAIN: _plain(sides.index_adds(_index_add), sides, walk, density),
+        OURS: Contender(
+            sides.follow(walk.runs),
+            checks,
+            sides.facts(active),
+            ours=True,
+            density=density,
+            bytes=moved,
+        ),
+    }
+    made[PEER].facts |= facts
+    if kind == "switch":
+        made[FIRST] = Contender(first, checks, sides.facts(active), ours=True, density=density)
+    if walk.start:
+        sides.composer.switch(sides.names(walk.start))
+    return {name + suffix: contender for name, contender in made.items()}
+
+
+def _plain(add: Add, sides: Sides, walk: _Walk, density: float | None) -> Contender:
+    checks = sides.plain_checks(add, walk.shown[-1])
+    for i, coeff in walk.start.items():
+        add(i, coeff)
+    return Contender(walked(add, walk.runs), checks, density=density)
+
+
+def _index_add(weight: Tensor, at: Tensor, values: Tensor, coeff: Tensor) -> Tensor:
+    return weight.index_add_(0, at, values * coeff)
+
+
+def _compiled(sides: Sides, walk: _Walk, density: float) -> Contender:
+    """One graph for all tensors, whatever their sizes: a graph of the whole model takes minutes to
+    compile, anew for each set of adapters.
+    """
+    if os.environ.get(COMPILE) == "0":
+        return Contender(skipped=f"{COMPILE}=0", density=density)
+    quick = torch.compile(_index_add, dynamic=True)
+    try:
+        return _plain(sides.index_adds(quick), sides, walk, density)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        return Contender(skipped=f"torch.compile failed: {lines[0][:160]}", density=density)
+
+
+def _dense(sides: Sides, walk: _Walk, model_bytes: int) -> Contender:
+    short = too_little(walk.adapters * model_bytes + (1 << 28), sides.device)
+    if short:
+        return Contender(skipped=short)
+    made = _plain(sides.dense(), sides, walk, None)
+    made.bytes = sides.bytes_dense(walk.runs)
+    return made
+
+
+def _from_host(sides: Sides, walk: _Walk, density: float) -> Contender:
+    on_host = [peer.as_coo(a, torch.device("cpu")) for a in sides.adapters.values()]
+
+    def add(i: int, coeff: float) -> None:
+        peer.subtract_and_add(sides.theirs, {}, {i: coeff}, on_host)
+
+    return _plain(add, sides, walk, density)
+
+
 def _copy(device: torch.device) -> Contender:
     source = torch.zeros(_COPY_BYTES, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return Contender(lambda: target.copy_(source))
+    return Contender(lambda: target.copy_(source), bytes=2 * _COPY_BYTES)
 
 
-def _of_copy(timing: Timing, moved: float) -> float:
-    return moved / timing.median(OURS) / (2 * _COPY_BYTES / timing.median(COPY))
+def _targets(
+    kind: str, count: int, model: Model, suffix: str, device: torch.device, ours: Contender | None
+) -> tuple[Target, ...]:
+    """For our row of the density they are for, where it is there."""
+    if ours is None or ours.bytes is None:
+        return ()
+    name, against = OURS + suffix, PEER + suffix
+    if device.type == "cuda":
+        found = [_roofline_target(ours.bytes, name)]
+        if kind != "grid":
+            found.insert(0, faster(20, name, against))
+        if kind == "language":
+            quick = "a language switch in at most 1 ms"
+            found.insert(0, Target(f"{name}: {quick}", partial(_seconds, name), 1e-3, False))
+        return tuple(found)
+    if kind == "switch" and model in ("xlmr_base", _XLMR):
+        limit = 1.0 if count <= 2 else 0.4
+        return (at_most(limit, name, against, devices=("cpu",)),)
+    return ()
 
 
-def _roofline_target(moved: float) -> Target:
-    return Target(
-        f"{OURS}: at least 70 % of a copy's bandwidth",
-        lambda timing, _: _of_copy(timing, moved) if {OURS, COPY} <= set(timing.seconds) else None,
-        0.70,
-        True,
+def _seconds(name: str, timing: Timing, _: object) -> float | None:
+    return timing.median(name) if name in timing.seconds else None
+
+
+def _roofline_target(moved: float, name: str = OURS) -> Target:
+    def of_copy(timing: Timing, _: object) -> float | None:
+        if not {name, COPY} <= set(timing.seconds):
+            return None
+        return moved / timing.median(name) / (2 * _COPY_BYTES / timing.median(COPY))
+
+    return Target(f"{name}: at least 70 % of a copy's bandwidth", of_copy, 0.70, True)
+
+
+def _bench(kind: str, summary: str, *, more: str = "", counts: Sequence[int] = ()) -> OpBench:
+    def shapes(*models: Shape) -> tuple[Shape, ...]:
+        return tuple((*m, n) for m in models for n in counts) if counts else models
+
+    build: Callable[[Shape, tuple[float, ...], str], Case] = partial(_asked, kind, DIMS + more)
+    return OpBench(
+        name=f"compose_{kind}",
+        summary=summary,
+        dims=DIMS + more,
+        shapes={
+            "cuda": shapes(_XLMR),
+            "cpu": shapes((2, 256, 20_000)),
+            "tiny": shapes((1, 32, 64))[:1],
+        },
+        dtypes=("bf16", "fp32", "fp16"),
+        densities=(0.01, DENSITY, 0.1),
+        build=build,
     )
+
+
+BENCHES = (
+    _bench(
+        "switch",
+        "adapters onto a model and off again: Composer, COO adds, index_add_, dense task vectors",
+        more="xADAPTERS",
+        counts=(2, 8),
+    ),
+    _bench("language", "one of two adapters on a model exchanged for another, the other kept"),
+    _bench("grid", "two adapters on a model given other coefficients"),
+)

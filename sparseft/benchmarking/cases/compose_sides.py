@@ -1,44 +1,76 @@
-"""The two sides of the composition cases: copies of one model, adapters, what both must show."""
+"""The sides of the composition cases: copies of one model, adapters, what each must show."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sparseft.adapter import Adapter
 from sparseft.benchmarking.cases import composable_sft as peer
-from sparseft.benchmarking.cases.model_step import BASE, TINY
-from sparseft.benchmarking.checks import Check, as_accurate, equal_bits, worst
+from sparseft.benchmarking.cases.encoders import MODELS, Model, build_model
+from sparseft.benchmarking.checks import Check, as_accurate, equal_bits, rel_rms, worst
 from sparseft.benchmarking.masks import sectors_touched
 from sparseft.benchmarking.suite import Facts
 from sparseft.composition import Composer
 from sparseft.diff import SparseDiff, SparsePattern
 from sparseft.ops import gather_entries, resolve_backend, write_entries_
 
-__all__ = ["DTYPES", "MODELS", "Active", "Sides", "build_model", "random_adapters"]
+__all__ = [
+    "DTYPES",
+    "MODELS",
+    "Active",
+    "Add",
+    "Move",
+    "Sides",
+    "build_model",
+    "random_adapters",
+    "walked",
+]
 
-SMALL = {
-    "vocab_size": 25_000,
-    "hidden_size": 384,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "intermediate_size": 1536,
-    "max_position_embeddings": 514,
-}
-MODELS = {"xlmr_base": BASE, "small": SMALL, "tiny": TINY}
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # Place of an adapter -> its coefficient.
 Active = Mapping[int, float]
+# Adds an adapter, by place, with a coefficient to the weights of the plain side.
+Add = Callable[[int, float], object]
+
+
+class Move(NamedTuple):
+    """From one composition to another: what a plain side takes off and puts on, and where to."""
+
+    off: Active
+    on: Active
+    to: Active
+
+
+def walked(add: Add, runs: Sequence[Sequence[Move]]) -> Callable[[], None]:
+    """Return a plain side's unit of work: the next run's moves, by subtraction and addition."""
+    turns = itertools.cycle(runs)
+
+    @torch.no_grad()
+    def run() -> None:
+        for off, on, _ in next(turns):
+            for i, coeff in reversed(list(off.items())):
+                add(i, -coeff)
+            for i, coeff in on.items():
+                add(i, coeff)
+
+    return run
 
 
 class Sides:
-    """Two copies of one model, the adapters, and a composer on one of the copies."""
+    """Two copies of one model, the adapters, and a composer on one of the copies.
+
+    All plain sides change the other copy. Each adds and subtracts what is its own, so that they do
+    not meet: sums commute up to rounding, and only what was checked before is timed.
+    """
 
     def __init__(
-        self, count: int, model: str, dtype: str, density: float, device: torch.device
+        self, count: int, model: Model, dtype: str, density: float, device: torch.device
     ) -> None:
         self.device, self.dtype = device, DTYPES[dtype]
         self.ours = build_model(model, device).to(self.dtype)
@@ -68,6 +100,19 @@ class Sides:
             }
         return self._unions[key]
 
+    def follow(self, runs: Sequence[Sequence[Move]]) -> Callable[[], None]:
+        """Return the composer's unit of work for the same runs."""
+        turns = itertools.cycle(runs)
+
+        def run() -> None:
+            for move in next(turns):
+                if move.to:
+                    self.composer.switch(self.names(move.to))
+                else:
+                    self.composer.revert()
+
+        return run
+
     @torch.no_grad()
     def checked(self, compositions: list[Active]) -> tuple[list[Check], Facts]:
         """Go through the compositions and back to the base on both sides.
@@ -84,11 +129,7 @@ class Sides:
             before = active
             for name, pattern in self.unions(active).items():
                 at = pattern.indices
-                exact = gather_entries(base[name], at).double()
-                for i, coeff in active.items():
-                    diff = list(self.adapters.values())[i][name]
-                    place = torch.searchsorted(at, diff.indices)
-                    exact.index_add_(0, place, diff.values.double() * coeff)
+                exact = self._exact(name, base[name], at, active)
                 ours = gather_entries(self.ours.get_parameter(name).detach(), at)
                 theirs = gather_entries(self.theirs.get_parameter(name).detach(), at)
                 near.append(as_accurate(f"composed {name}", ours, theirs, exact))
@@ -108,6 +149,66 @@ class Sides:
         self.theirs.load_state_dict(base)
         facts: Facts = {"entries changed by going there and back": drifted, "by at most": furthest}
         return [worst(near), worst(kept), worst(undone)], facts
+
+    @torch.no_grad()
+    def plain_checks(self, add: Add, active: Active) -> list[Check]:
+        """Put adapters on the other copy by additions; each of them may round once."""
+        base = {n: p.detach().clone() for n, p in self.theirs.named_parameters()}
+        for i, coeff in active.items():
+            add(i, coeff)
+        limit = (len(active) + 1) * torch.finfo(self.dtype).eps
+        found = []
+        for name, pattern in self.unions(active).items():
+            exact = self._exact(name, base[name], pattern.indices, active)
+            got = gather_entries(self.theirs.get_parameter(name).detach(), pattern.indices)
+            found.append(Check(f"composed {name}: error", rel_rms(got, exact), limit))
+        self.theirs.load_state_dict(base)
+        return [worst(found)]
+
+    def _exact(self, name: str, base: Tensor, at: Tensor, active: Active) -> Tensor:
+        exact = gather_entries(base, at).double()
+        for i, coeff in active.items():
+            diff = list(self.adapters.values())[i][name]
+            place = torch.searchsorted(at, diff.indices)
+            exact.index_add_(0, place, diff.values.double() * coeff)
+        return exact
+
+    # The plain sides.
+
+    def coo(self) -> Add:
+        """composable-sft's, its diffs where the model is."""
+        return lambda i, coeff: peer.subtract_and_add(self.theirs, {}, {i: coeff}, self.diffs)
+
+    def index_adds(self, each: Callable[[Tensor, Tensor, Tensor, Tensor], object]) -> Add:
+        """``each(flat weight, indices, values, coefficient)`` on every tensor of an adapter."""
+        weights = {n: _flat(p) for n, p in self.theirs.named_parameters()}
+        triples = [
+            [
+                (weights[name], diff.indices, diff.values)
+                for name, diff in adapter.items()
+                if diff.nnz
+            ]
+            for adapter in self.adapters.values()
+        ]
+        coeffs: dict[float, Tensor] = {}
+
+        def add(i: int, coeff: float) -> None:
+            if coeff not in coeffs:  # a number would be compiled in, anew for each
+                coeffs[coeff] = torch.tensor(coeff, dtype=self.dtype, device=self.device)
+            for weight, at, values in triples[i]:
+                each(weight, at, values, coeffs[coeff])
+
+        return add
+
+    @torch.no_grad()
+    def dense(self) -> Add:
+        """Task vectors of the weights' size, one per adapter: what there is without sparsity."""
+        weights = [p.detach() for p in self.theirs.parameters()]
+        names = [n for n, _ in self.theirs.named_parameters()]
+        vectors = [[a[n].to_dense() for n in names] for a in self.adapters.values()]
+        return lambda i, coeff: torch._foreach_add_(weights, vectors[i], alpha=coeff)
+
+    # What is moved.
 
     def facts(self, active: Active) -> Facts:
         weights = [p.detach() for p in self.ours.parameters()]
@@ -129,24 +230,21 @@ class Sides:
         union = sum(p.nnz for p in self.unions(active).values())
         return union * (4 + self.dtype.itemsize) + 64 * self._sectors(active)
 
+    def bytes_dense(self, runs: Sequence[Sequence[Move]]) -> float:
+        """Weights in and out and a task vector in, per addition; of the mean run."""
+        additions = sum(len(off) + len(on) for moves in runs for off, on, _ in moves) / len(runs)
+        return 3 * additions * self.dtype.itemsize * sum(p.numel() for p in self.ours.parameters())
+
     def _sectors(self, active: Active) -> int:
         return sum(sectors_touched(p, self.dtype.itemsize) for p in self.unions(active).values())
 
 
-def build_model(model: str, device: torch.device) -> nn.Module:
-    """Return the encoder with random weights, the same ones every time."""
-    from transformers import XLMRobertaConfig, XLMRobertaModel
-
-    with torch.device("meta"):
-        made = XLMRobertaModel(XLMRobertaConfig(**MODELS[model], type_vocab_size=1))
-    if device.type == "meta":
-        return made
-    made = made.to_empty(device=device)
-    generator = torch.Generator(device).manual_seed(0)
-    with torch.no_grad():
-        for parameter in made.parameters():
-            parameter.normal_(std=0.02, generator=generator)
-    return made.requires_grad_(False)
+def _flat(parameter: Tensor) -> Tensor:
+    """Return a 1-D tensor of the same memory that is no view: compiled code is made anew for views
+    of other shapes.
+    """
+    flat = parameter.new_empty(0)
+    return flat.set_(parameter.detach().untyped_storage(), 0, (parameter.numel(),), (1,))
 
 
 def random_adapters(
