@@ -22,12 +22,14 @@ _LONGEST = 44  # letters of a label
 
 
 def plot_density(records: Iterable[Record], path: str | Path) -> Path | None:
-    """Draw time against density: a panel a case; what has no density is a dashed line.
+    """Draw speed against density, in times the baseline's: a panel a case.
+
+    What has no density is a dashed line; ours are thick.
 
     Returns:
         The path; None if no case has rows at two densities or more.
     """
-    cases = _by_case(_timed(records))
+    cases = _by_case(r for r in _timed(records) if r.get("ratio"))
     shown = {
         name: rows
         for name, rows in cases.items()
@@ -43,14 +45,13 @@ def plot_density(records: Iterable[Record], path: str | Path) -> Path | None:
         for place, (label, points) in enumerate(_series(rows).items()):
             colour = COLOURS[place % len(COLOURS)]
             if points[0].get("density") is None:
-                axes.axhline(
-                    points[0]["median"], color=colour, linestyle="--", linewidth=1, label=label
-                )
+                speed = 1 / points[0]["ratio"]["median"]
+                axes.axhline(speed, color=colour, linestyle="--", linewidth=1, label=label)
                 continue
             points.sort(key=lambda r: r["density"])
             axes.errorbar(
                 [r["density"] for r in points],
-                [r["median"] for r in points],
+                [1 / r["ratio"]["median"] for r in points],
                 yerr=_bars(points),
                 marker=MARKERS[place % len(MARKERS)],
                 color=colour,
@@ -61,7 +62,7 @@ def plot_density(records: Iterable[Record], path: str | Path) -> Path | None:
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.set_xlabel("density")
-        axes.set_ylabel("seconds (median, quartiles)")
+        axes.set_ylabel("times the speed of the baseline (median, quartiles)")
         axes.set_title(_plain(name), fontsize=9)
         axes.legend(fontsize=6, frameon=False)
         _tidy(axes)
@@ -138,14 +139,18 @@ def plot_speedups(records: Iterable[Record], path: str | Path) -> Path | None:
     figure = _figure(8.4, 1.2 + 0.26 * len(rows))
     axes = figure.add_subplot()
     values = [1 / r["ratio"]["median"] for r in rows]
-    # A ratio's upper quartile is the speed-up's lower one.
-    below = [v - 1 / r["ratio"]["quartile3"] for v, r in zip(values, rows, strict=True)]
-    above = [1 / r["ratio"]["quartile1"] - v for v, r in zip(values, rows, strict=True)]
-    places = range(len(rows))
     colours = [COLOURS[0] if v >= 1 else COLOURS[1] for v in values]
-    axes.barh(places, values, xerr=[_positive(below), _positive(above)], color=colours, capsize=2)
+    axes.barh(
+        range(len(rows)),
+        [v - 1 for v in values],
+        left=1.0,
+        xerr=_bars(rows),
+        color=colours,
+        capsize=2,
+    )
+    axes.set_ylim(-0.7, len(rows) - 0.3)
     labels = [_cut(f"{r['case']}: {r['contender']}", 2 * _LONGEST) for r in rows]
-    axes.set_yticks(places, [_plain(label) for label in labels], fontsize=6)
+    axes.set_yticks(range(len(rows)), [_plain(label) for label in labels], fontsize=6)
     axes.invert_yaxis()
     axes.axvline(1, color="black", linewidth=1)
     axes.set_xscale("log")
@@ -177,6 +182,8 @@ def _series(rows: Sequence[Record]) -> dict[str, list[Record]]:
             words = [word for word in name.split() if not word.rstrip(",").endswith("%")]
             name = " ".join(words).strip(" ,:") or ("ours" if row["ours"] else "others")
         lines.setdefault(_cut(name, _LONGEST), {}).setdefault(row.get("density"), []).append(row)
+    # Ours first: the same colour in every panel.
+    lines = dict(sorted(lines.items(), key=lambda item: not _first(item[1])["ours"]))
     return {
         _plain(name): [
             sorted(same, key=lambda r: r["median"])[len(same) // 2] for same in points.values()
@@ -185,11 +192,15 @@ def _series(rows: Sequence[Record]) -> dict[str, list[Record]]:
     }
 
 
+def _first(points: Mapping[float | None, list[Record]]) -> Record:
+    return next(iter(points.values()))[0]
+
+
 def _bars(points: Sequence[Record]) -> list[list[float]]:
-    return [
-        _positive([r["median"] - r["quartile1"] for r in points]),
-        _positive([r["quartile3"] - r["median"] for r in points]),
-    ]
+    """Return how far speeds reach down and up; a ratio's upper quartile is the lower one of it."""
+    below = [1 / r["ratio"]["median"] - 1 / r["ratio"]["quartile3"] for r in points]
+    above = [1 / r["ratio"]["quartile1"] - 1 / r["ratio"]["median"] for r in points]
+    return [_positive(below), _positive(above)]
 
 
 def _positive(values: Sequence[float]) -> list[float]:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import torch
 
-__all__ = ["Clock", "Timing", "rotate", "spread"]
+__all__ = ["Clock", "Stopwatch", "Timing", "rotate", "spread"]
 
 Clock = Literal["device", "wall", "cpu"]
 
@@ -62,8 +62,8 @@ class Timing:
         return statistics.median(self.ratios(name, against))
 
 
-class _Stopwatch:
-    """One timed run on one device."""
+class Stopwatch:
+    """Times single runs on one device."""
 
     def __init__(self, device: torch.device, clock: Clock) -> None:
         self.device, self.clock = device, clock
@@ -144,7 +144,7 @@ def rotate(
             f"clock='cpu' adds up the time of all threads: it needs one thread on a CPU, and this "
             f"is {torch.get_num_threads()} on {device}"
         )
-    watch = _Stopwatch(torch.device(device), clock)
+    watch = Stopwatch(torch.device(device), clock)
     names = list(contenders)
     leads = dict.fromkeys(names, 0.0)
     timing = Timing(clock, {name: [] for name in names}, {name: [] for name in names})

@@ -96,13 +96,13 @@ def test_on_a_gpu_events_enclose_the_work_alone(monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: log.append("wait"))
     monkeypatch.setattr(torch, "empty", lambda *args, **options: Buffer())
     device = torch.device("cuda")
-    watch = rotation._Stopwatch(device, "device")
+    watch = rotation.Stopwatch(device, "device")
     seconds, host = watch.time(lambda: log.append("work"), lead=1e-3)
     assert log == ["wait", "flush", "busy 2000000", "event", "work", "event", "wait"]
     assert seconds == 2e-3
     assert 0 < host < 1
     log.clear()
-    seconds, host = rotation._Stopwatch(device, "wall").time(lambda: log.append("work"), lead=1e-3)
+    seconds, host = rotation.Stopwatch(device, "wall").time(lambda: log.append("work"), lead=1e-3)
     assert log == ["wait", "flush", "wait", "work", "wait"]
     assert 0 < host <= seconds
 

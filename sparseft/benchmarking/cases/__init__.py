@@ -20,7 +20,16 @@ if TYPE_CHECKING:
 
     OPS: dict[str, OpBench]
 
-__all__ = ["OPS", "compose_cases", "denoise_cases", "find_ops", "select_case", "suite_cases"]
+__all__ = [
+    "OPS",
+    "benches_of",
+    "compose_cases",
+    "denoise_cases",
+    "file_of",
+    "find_ops",
+    "select_case",
+    "suite_cases",
+]
 
 _ELSEWHERE = {"compose_cases": "compose", "denoise_cases": "denoise", "select_case": "select"}
 
@@ -46,15 +55,30 @@ def find_ops() -> dict[str, OpBench]:
     Raises:
         ValueError: two of one name.
     """
-    names = [m.name for m in pkgutil.iter_modules(__path__)]
-    names.sort(key=lambda n: (_ORDER.index(n) if n in _ORDER else len(_ORDER), n))
     found: dict[str, OpBench] = {}
-    for name in names:
+    for name in _files():
         for bench in benches_of(name):
             if bench.name in found:
                 raise ValueError(f"two case files have an op {bench.name!r}; one is {name}.py")
             found[bench.name] = bench
     return found
+
+
+def file_of(op: str) -> str:
+    """Return the name of the case file that has an op.
+
+    Raises:
+        KeyError: none has.
+    """
+    for name in _files():
+        if any(bench.name == op for bench in benches_of(name)):
+            return name
+    raise KeyError(op)
+
+
+def _files() -> list[str]:
+    names = [m.name for m in pkgutil.iter_modules(__path__)]
+    return sorted(names, key=lambda n: (_ORDER.index(n) if n in _ORDER else len(_ORDER), n))
 
 
 def benches_of(name: str) -> tuple[OpBench, ...]:
