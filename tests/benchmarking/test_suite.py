@@ -11,7 +11,7 @@ import torch
 
 from sparseft.benchmarking import rotation, suite_cases, suite_markdown, suite_source
 from sparseft.benchmarking import suite as suite_module
-from sparseft.benchmarking.cases import entries, model_step, optimizer, sampled_grad, topk
+from sparseft.benchmarking.cases import entries, model_step, sampled_grad, step_sides, topk
 from sparseft.benchmarking.checks import Check, as_accurate, equal_bits, rel_rms, worst
 from sparseft.benchmarking.competitors import COMPILE
 from sparseft.benchmarking.masks import packed_pattern, random_pattern, sectors_touched
@@ -157,7 +157,7 @@ def test_names_are_unique_and_the_targets_come_first():
     assert full[:5] == [
         "sampled_grad/4096x4096x4096/bf16",
         "sampled_grad/11008x4096x4096/bf16",
-        "adamw/fp32",
+        "sparse_step/32x4096x11008/fp32",
         "model_step/32x128",
         "model_step/128x128",
     ]
@@ -230,41 +230,41 @@ def spoil_sampled_grad(monkeypatch):
 
 
 def spoil_optimizer(monkeypatch):
-    class Forgetful(optimizer.SparseAdamW):
+    class Forgetful(step_sides.SparseAdamW):
         def step(self, closure=None):
             super().step(closure)
             with torch.no_grad():
                 self.param_groups[0]["params"][0][0] += 1.0
 
-    monkeypatch.setattr(optimizer, "SparseAdamW", Forgetful)
-    return "adamw/fp32", "SparseAdamW"
+    monkeypatch.setattr(step_sides, "SparseAdamW", Forgetful)
+    return "sparse_step/*/fp32", "ours, 10%"
 
 
 def spoil_frozen_entries(monkeypatch):
-    real = optimizer._Ours.check
+    real = step_sides.Masked.check
 
-    def check(self):
-        step = self.optimizer.step
+    def check(self, optimizer, decay):
+        step = optimizer.step
 
         def leaky():
             step()
-            self.layers[0].weight.data[0, 0] += 1.0
+            self.weights[0][0, 0] += 1.0
 
-        self.optimizer.step = leaky
-        return real(self)
+        optimizer.step = leaky
+        return real(self, optimizer, decay)
 
     # Entry 0 is frozen, so that only the whole weight shows it.
-    patterns = optimizer.random_pattern
+    patterns = step_sides.random_pattern
     skip = torch.tensor([7])
     monkeypatch.setattr(
-        optimizer,
+        step_sides,
         "random_pattern",
         lambda shape, *a, **k: (
             SparsePattern.from_indices(skip, shape) if k["seed"] == 0 else patterns(shape, *a, **k)
         ),
     )
-    monkeypatch.setattr(optimizer._Ours, "check", check)
-    return "adamw/bf16", "SparseAdamW"
+    monkeypatch.setattr(step_sides.Masked, "check", check)
+    return "sparse_step/*/bf16", "ours, 1%"
 
 
 def spoil_topk(monkeypatch):

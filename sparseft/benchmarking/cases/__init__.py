@@ -34,7 +34,15 @@ __all__ = [
 _ELSEWHERE = {"compose_cases": "compose", "denoise_cases": "denoise", "select_case": "select"}
 
 # The order of files in lists; those that are not named here follow, by name.
-_ORDER = ("sampled_grad", "sampled_embedding", "optimizer", "entries", "combine", "compose", "spmm")
+_ORDER = (
+    "sampled_grad",
+    "sampled_embedding",
+    "sparse_step",
+    "entries",
+    "combine",
+    "compose",
+    "spmm",
+)
 
 
 def __getattr__(name: str) -> Any:
@@ -97,8 +105,8 @@ def suite_cases(*, tiny: bool = False) -> list[Case]:
     from sparseft.benchmarking.cases.compose import grid_case, language_case, switch_case
     from sparseft.benchmarking.cases.entries import entries_case
     from sparseft.benchmarking.cases.model_step import BASE, TINY, model_step_case
-    from sparseft.benchmarking.cases.optimizer import optimizer_case
     from sparseft.benchmarking.cases.sampled_grad import sampled_grad_case
+    from sparseft.benchmarking.cases.sparse_step import sparse_step_case
     from sparseft.benchmarking.cases.spmm import spmm_case
     from sparseft.benchmarking.cases.svd import (
         XLMR_ENCODER,
@@ -113,9 +121,9 @@ def suite_cases(*, tiny: bool = False) -> list[Case]:
     if tiny:
         return [
             sampled_grad_case((256, 192), 64),
-            optimizer_case("fp32", layers=2, hidden=32, inner=48),
+            sparse_step_case("sparse_step", (2, 32, 48), "fp32"),
             model_step_case(2, 8, shape=TINY),
-            optimizer_case("bf16", layers=2, hidden=32, inner=48),
+            sparse_step_case("sparse_step", (2, 32, 48), "bf16"),
             topk_case("tiny", SMALL, "bf16"),
             spmm_case((64, 48), 6, 4, 2),
             denoise_case("tiny", ((72, 80), (80, 72), (20, 16)), 2),
@@ -133,7 +141,7 @@ def suite_cases(*, tiny: bool = False) -> list[Case]:
     return [
         sampled_grad_case((4096, 4096), 4096),
         sampled_grad_case((11008, 4096), 4096),
-        optimizer_case("fp32", layers=32),
+        sparse_step_case("sparse_step", (32, 4096, 11008), "fp32"),
         model_step_case(32, 128, shape=BASE),
         model_step_case(128, 128, shape=BASE),
         language_case("xlmr_base", "bf16"),
@@ -144,7 +152,7 @@ def suite_cases(*, tiny: bool = False) -> list[Case]:
         sampled_grad_case((768, 768), 4096),
         sampled_grad_case((3072, 768), 4096),
         topk_case("xlmr_base", XLMR, "bf16"),
-        optimizer_case("bf16", layers=32),
+        sparse_step_case("sparse_step", (32, 4096, 11008), "bf16"),
         grid_case("xlmr_base", "bf16"),
         switch_case(2, "xlmr_base", "fp32"),
         topk_case("llama_8_layers", LLAMA, "bf16"),
