@@ -10,6 +10,7 @@ is 0: on a diff and on a weight it means different things.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -176,9 +177,8 @@ def _optimizer(workload: Workload, parameters: list[Any], *, ours: bool) -> torc
             return SparseAdamW(parameters, lr=LR, weight_decay=0.0, moment_bits=8)
         if importlib.util.find_spec("bitsandbytes") is None:
             raise Unavailable("bitsandbytes is not installed (pip install bitsandbytes)")
-        from bitsandbytes.optim import AdamW8bit
-
-        return AdamW8bit(parameters, lr=LR, weight_decay=0.0)
+        theirs: Any = importlib.import_module("bitsandbytes.optim")
+        return theirs.AdamW8bit(parameters, lr=LR, weight_decay=0.0)
     if kind == "sparse_adamw" and ours:
         return SparseAdamW(parameters, lr=LR, weight_decay=0.0)
     fused = None if kind == "adamw_torch" else True
@@ -221,7 +221,7 @@ def _gradient_mask(model: nn.Module, workload: Workload, way: Way) -> Built:
     return built
 
 
-def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+def _linear_layers(model: nn.Module) -> dict[str, Any]:
     """Linear layers with a masked weight, the output layer aside, as adapters have them."""
     names = set(masked_names(model))
     output = getattr(model, "get_output_embeddings", lambda: None)()
@@ -285,7 +285,7 @@ def _adapters_in_place(dtype: torch.dtype, model: Any) -> Iterator[None]:
         torch.set_default_dtype(default)
 
 
-def _features(module: nn.Module) -> int:
+def _features(module: Any) -> int:
     rows, columns = module.weight.shape
     return int(rows) + int(columns)
 
@@ -305,7 +305,7 @@ def _shira(model: nn.Module, workload: Workload, way: Way) -> Built:
     config = ShiraConfig(r=1, target_modules=list(layers), modules_to_save=modules or None)
     config.mask_fn = None  # its own draw makes a mask and a permutation of the weight's size
     tuned = get_peft_model(model, config)
-    adapted = [module for module in tuned.modules() if isinstance(module, ShiraLayer)]
+    adapted: list[Any] = [m for m in tuned.modules() if isinstance(m, ShiraLayer)]
     entries = sum(module.get_base_layer().weight.numel() for module in adapted)
     done = seen = 0
     for number, module in enumerate(adapted):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sparseft import attach
+from sparseft.diff import SparsePattern
 from sparseft.errors import AttachError, MaskError, UnknownNameError
 
 
@@ -119,6 +123,32 @@ def test_complex_weight():
 def test_meta_weight():
     with pytest.raises(AttachError, match=r"meta device"):
         attach(nn.Linear(4, 3, device="meta"), {"weight": full((3, 4))})
+
+
+def test_fake_weight_outside_its_mode():
+    with FakeTensorMode():
+        layer = nn.Linear(4, 3)
+    for mode in (contextlib.nullcontext(), FakeTensorMode()):  # none, and another one
+        with mode, pytest.raises(AttachError, match=r"'weight' is a FakeTensor of torch.float32"):
+            attach(layer, {"weight": SparsePattern._trusted(torch.arange(2), (3, 4))})
+    assert type(layer) is nn.Linear
+
+
+def test_fake_weight_under_its_mode():
+    with FakeTensorMode():
+        layer = nn.Linear(4, 3)
+        where = SparsePattern._trusted(torch.empty(2, dtype=torch.int32), (3, 4))
+        with attach(layer, {"weight": where}) as sparse:
+            layer(torch.empty(5, 4)).sum().backward()
+            assert sparse.leaves["weight"].grad.shape == (2,)
+
+
+def test_fake_weight_of_a_dtype_without_masks():
+    with FakeTensorMode():
+        layer = nn.Linear(4, 3, dtype=torch.complex64)
+        where = SparsePattern._trusted(torch.empty(2, dtype=torch.int32), (3, 4))
+        with pytest.raises(AttachError, match=r"complex64"):
+            attach(layer, {"weight": where})
 
 
 def test_lazy_weight():
