@@ -94,11 +94,10 @@ class _Process:
             return json.loads(line)
         code = process.wait()
         self.end()
-        last = " / ".join(
-            self.log.read_text(encoding="utf-8", errors="replace").split("\n")[-_TAIL:]
-        )
-        why = "killed (out of memory?)" if code == -9 else f"ended with {code}"
-        raise SideFailed(f"the process of {self.tree} was {why} {last}".strip())
+        lines = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        why = "was killed (out of memory?)" if code == -9 else f"ended with {code}"
+        last = f": {' / '.join(lines[-_TAIL:])}" if lines else ""
+        raise SideFailed(f"the process of {self.tree} {why}{last}")
 
     def end(self) -> None:
         """Let the process end by itself (its input ends), but not for long."""
