@@ -86,7 +86,7 @@ def sparse_step_case(
                 contenders[name] = _compiled_side(side, density)
                 drawn = draw_weights(shapes * count, kind, generator)
                 dense = Dense(drawn, side.patterns, rule)
-        contenders = _dense_sides(dense, middle) | contenders | {COPY: _copy(device)}
+        contenders = _dense_sides(dense) | contenders | {COPY: _copy(device)}
 
         def derive(timing: Timing, name: str, contender: Contender) -> dict[str, float]:
             entries = contender.facts.get("nnz") or contender.facts.get("entries")
@@ -120,7 +120,7 @@ def _layers_that_fit(layer: float, wanted: int, device: torch.device) -> int:
     return max(1, min(wanted, int((0.95 * memory_free(device) - spare) // layer)))
 
 
-def _dense_sides(dense: Dense, density: float) -> dict[str, Contender]:
+def _dense_sides(dense: Dense) -> dict[str, Contender]:
     rule, numel = dense.rule, dense.numel
     # gradient in; parameter and moments in and out; a mask has a byte for each entry
     moved = numel * dense.parameters[0].element_size() * (1 + 2 * (1 + rule.moments))
@@ -130,10 +130,10 @@ def _dense_sides(dense: Dense, density: float) -> dict[str, Contender]:
         if p.grad is not None:
             p.grad.normal_(generator=dense.generator)
     plain = dense.check(masked=False)
-    name = f"dense, gradient times mask, {percent(density)}: torch {rule.label}"
+    name = f"dense, gradient times mask: torch {rule.label}"
     return {
         dense_name(rule): Contender(dense.step, plain, facts, bytes=moved),
-        name: Contender(dense.masked_step, masked, facts, density=density, bytes=moved + numel),
+        name: Contender(dense.masked_step, masked, facts, bytes=moved + numel),
     }
 
 
