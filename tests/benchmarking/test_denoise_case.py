@@ -10,6 +10,8 @@ import torch
 
 from sparseft.benchmarking import denoise_cases, select_case
 from sparseft.benchmarking.cases import denoise, select
+from sparseft.benchmarking.cases.encoders import matrix_shapes, random_differences
+from sparseft.benchmarking.cases.truncated_svd import cut_full
 from sparseft.benchmarking.rotation import rotate
 from sparseft.benchmarking.suite import run_suite
 
@@ -44,7 +46,7 @@ def test_both_commands_on_tiny_shapes(one_thread):
 
 
 def test_the_shapes_of_an_encoder():
-    shapes = denoise.encoder_shapes("xlmr_base")
+    shapes = matrix_shapes("xlmr_base")
     counts = {s: list(shapes.values()).count(s) for s in set(shapes.values())}
     assert counts == {(768, 768): 48, (3072, 768): 12, (768, 3072): 12}
 
@@ -52,12 +54,12 @@ def test_the_shapes_of_an_encoder():
 def test_the_plain_way_of_pruning_is_ours():
     from sparseft import Denoise, denoised
 
-    deltas = denoise._random_differences({"a": (40, 24), "b": (24, 40)}, CPU)
+    deltas = random_differences([("a", (40, 24)), ("b", (24, 40))], CPU)
     given = [(n, x, torch.zeros_like(x)) for n, x in deltas.items()]
     for (_, value), (_, delta, _) in zip(
         denoised(given, Denoise(rank=4, residual=0.1)), given, strict=True
     ):
-        plain = denoise._pruned(delta, denoise._full(delta, 4), 0.1)
+        plain = denoise._pruned(delta, cut_full(delta, 4), 0.1)
         assert torch.allclose(value, plain, atol=1e-6 * float(delta.abs().max()))
 
 

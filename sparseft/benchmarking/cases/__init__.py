@@ -102,20 +102,16 @@ def suite_cases(*, tiny: bool = False) -> list[Case]:
     Args:
         tiny: shapes that take a second on a CPU; their figures mean nothing.
     """
+    from sparseft.benchmarking.cases.cholesky_inverse import cholesky_case
     from sparseft.benchmarking.cases.compose import grid_case, language_case, switch_case
+    from sparseft.benchmarking.cases.denoise import denoise_case
     from sparseft.benchmarking.cases.entries import entries_case
     from sparseft.benchmarking.cases.model_step import BASE, TINY, model_step_case
+    from sparseft.benchmarking.cases.residual import difference_case, prune_case
     from sparseft.benchmarking.cases.sampled_grad import sampled_grad_case
+    from sparseft.benchmarking.cases.sketch import sketch_case
     from sparseft.benchmarking.cases.sparse_step import sparse_step_case
     from sparseft.benchmarking.cases.spmm import spmm_case
-    from sparseft.benchmarking.cases.svd import (
-        XLMR_ENCODER,
-        cholesky_case,
-        denoise_case,
-        difference_case,
-        prune_case,
-        sketch_case,
-    )
     from sparseft.benchmarking.cases.topk import LLAMA, SMALL, XLMR, topk_case
 
     if tiny:
@@ -126,12 +122,12 @@ def suite_cases(*, tiny: bool = False) -> list[Case]:
             sparse_step_case("sparse_step", (2, 32, 48), "bf16"),
             topk_case("tiny", SMALL, "bf16"),
             spmm_case((64, 48), 6, 4, 2),
-            denoise_case("tiny", ((72, 80), (80, 72), (20, 16)), 2),
-            prune_case(2, (40, 70), 5),
-            difference_case((40, 70), "bf16"),
-            difference_case((40, 70), "fp32", turned=True),
-            sketch_case(70, 40),
-            cholesky_case(3, 10),
+            denoise_case((1, 72, 2), (0.1,), "fp32"),
+            prune_case((2, 40, 70, 5), (0.1,), "fp32"),
+            difference_case((40, 70), (), "bf16"),
+            difference_case((40, 70), (), "fp32"),
+            sketch_case((70, 40), (), "fp32"),
+            cholesky_case((3, 10), (), "fp32"),
             *(entries_case(op, (64, 48)) for op in ("write_sum", "restore", "capture")),
             language_case("tiny", "bf16"),
             switch_case(2, "tiny", "bf16"),
@@ -156,14 +152,14 @@ def suite_cases(*, tiny: bool = False) -> list[Case]:
         grid_case("xlmr_base", "bf16"),
         switch_case(2, "xlmr_base", "fp32"),
         topk_case("llama_8_layers", LLAMA, "bf16"),
-        denoise_case("xlmr_base_encoder", XLMR_ENCODER, 64),
-        prune_case(48, (768, 768), 64),
-        prune_case(8, (768, 3072), 64),
-        difference_case((4096, 11008), "bf16"),
-        difference_case((11008, 4096), "bf16", turned=True),
-        sketch_case(3072, 80),
-        cholesky_case(48, 80),
-        cholesky_case(48, 128),
+        denoise_case((12, 768, 64), (0.1,), "fp32"),
+        prune_case((48, 768, 768, 64), (0.1,), "fp32"),
+        prune_case((8, 768, 3072, 64), (0.1,), "fp32"),
+        difference_case((4096, 11008), (), "bf16"),
+        difference_case((11008, 4096), (), "bf16"),
+        sketch_case((3072, 80), (), "fp32"),
+        cholesky_case((48, 80), (), "fp32"),
+        cholesky_case((48, 128), (), "fp32"),
         spmm_case((4096, 4096), 32, 1, 8),
         spmm_case((4096, 4096), 8, 128, 8),
         spmm_case((768, 768), 32, 128, 2),
