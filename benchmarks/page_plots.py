@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from page_files import Files, PageError
+from pictures import memory_picture, stacked
 
 __all__ = ["KINDS", "draw"]
 
@@ -27,6 +28,11 @@ def draw(files: Files, file: str, kind: str, path: Path) -> None:
     """
     from sparseft.benchmarking import plots
 
+    if kind == "memory":
+        profiles = files.document(file).get("profiles", [])
+        if stacked((memory_picture(found) for found in profiles), path) is None:
+            raise PageError(f"results/{file} has nothing for a plot of {kind}")
+        return
     by_kind = {
         "speedup": plots.plot_speedups,
         "density": plots.plot_density,

@@ -9,9 +9,10 @@ from typing import Any
 from page_figures import clock_of, duration, number
 from page_files import Files, PageError
 
+from sparseft._text import human_bytes
 from sparseft.benchmarking.results import markdown_table
 
-__all__ = ["TABLES"]
+__all__ = ["TABLES", "memory_table"]
 
 
 def table(files: Files, file: str, only: str = "*", clock: str = "") -> str:
@@ -148,6 +149,55 @@ def sweep(files: Files, file: str, *labels: str) -> str:
     return "\n".join(lines)
 
 
+def profiles(files: Files, file: str) -> str:
+    """Every model's memory and time, a heading each; `run.py profile` wrote the file."""
+    parts = []
+    for found in files.document(file)["profiles"]:
+        work = found["workload"]
+        what = f"{work['model']}, {work['dtype']}, {work['batch']} x {work['length']} tokens"
+        parts.append(f"**{what}, {work['optimizer']}, {found['device']}**")
+        parts.append(memory_table(found))
+    return "\n\n".join(parts)
+
+
+def memory_table(found: Mapping[str, Any]) -> str:
+    """What `profile_json` gave: peak by way, predicted and measured, and the time of a step."""
+    rows = []
+    for row in found["rows"]:
+        predicted, measured = row["predicted"], row["measured"]
+        known = measured or predicted or {}
+        parts = [f"{name} {human_bytes(known[name])}" for name in known if name != "peak"]
+        rows.append(
+            {
+                "way": row["label"],
+                "trained": "" if row["trainable"] is None else f"{row['trainable']:,}",
+                "predicted": _peak(predicted, row["not_predicted"]),
+                "measured": _peak(measured, row["not_measured"]),
+                "error": "" if row["error"] is None else f"{100 * row['error']:+.1f} %",
+                "parts": ", ".join(parts),
+                "time": "" if row["seconds"] is None else _spread(row["seconds"], duration),
+                "tokens": ""
+                if row["tokens_per_second"] is None
+                else f"{row['tokens_per_second']:,.0f}",
+            }
+        )
+    heads = {
+        "way": "way",
+        "trained": "trained",
+        "predicted": "peak, predicted",
+        "measured": "measured",
+        "error": "error",
+        "parts": "parts",
+        "time": "step (quartiles)",
+        "tokens": "tokens/s",
+    }
+    return markdown_table(rows, heads).rstrip()
+
+
+def _peak(use: Mapping[str, int] | None, why: str) -> str:
+    return _short(why or "not run") if use is None else human_bytes(use["peak"])
+
+
 def source(files: Files, file: str) -> str:
     """Commit, machine, threads and versions, in one sentence's words."""
     document = files.document(file)
@@ -174,6 +224,7 @@ def _named(versions: Mapping[str, str]) -> Sequence[str]:
 
 
 TABLES: dict[str, Callable[..., str]] = {
+    "profile": profiles,
     "source": source,
     "steps": steps,
     "sweep": sweep,

@@ -1,0 +1,108 @@
+"""`run.py compose`, `denoise` and `select`: cases of the package, all contenders in one table."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from sparseft.benchmarking import (
+    compose_cases,
+    denoise_cases,
+    results_folder,
+    run_suite,
+    select_case,
+    suite_source,
+    suite_table,
+    write_results,
+)
+from sparseft.benchmarking.suite import Case
+
+__all__ = ["compose", "denoise", "select"]
+
+_GOOD = ("ok", "skipped")
+
+
+def parse_compose(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="run.py compose",
+        description="Switching, re-weighting and loading adapters against composable-sft.",
+    )
+    parser.add_argument("--model", default="xlmr_base", choices=["xlmr_base", "small", "tiny"])
+    parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"])
+    parser.add_argument("--density", type=float, default=0.0276, help="of each adapter")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--only", default="*", help="glob over names of cases, e.g. '*switch*'")
+    parser.add_argument("--rounds", type=int, default=21, help="timed rounds of a case, at most")
+    parser.add_argument("--case-seconds", type=float, default=60.0, help="rounds end after so long")
+    parser.add_argument("--out", type=Path, help="folder of the results; left out: results/")
+    parser.add_argument("--name", default="compose", help="name of the result files")
+    return parser.parse_args(arguments)
+
+
+def compose(arguments: list[str], *, results: Path) -> int:
+    options = parse_compose(arguments)
+    cases = compose_cases(options.model, options.dtype, density=options.density)
+    return one_table(options, cases, results)
+
+
+def parse_selection(command: str, arguments: list[str]) -> argparse.Namespace:
+    what = {
+        "denoise": "Denoising an encoder's matrices against loops of SVDs.",
+        "select": "Choosing the largest differences against composable-sft's list and partition.",
+    }
+    parser = argparse.ArgumentParser(prog=f"run.py {command}", description=what[command])
+    parser.add_argument("--model", default="xlmr_base", choices=["xlmr_base", "small", "tiny"])
+    parser.add_argument("--rank", type=int, default=64)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "--clock", choices=["wall", "cpu"], default="wall", help="cpu: processor time, one thread"
+    )
+    parser.add_argument("--only", default="*", help="glob over names of cases")
+    parser.add_argument("--rounds", type=int, default=11, help="timed rounds of a case, at most")
+    parser.add_argument("--case-seconds", type=float, default=40.0, help="rounds end after so long")
+    parser.add_argument("--out", type=Path, help="folder of the results; left out: results/")
+    parser.add_argument("--name", default=command, help="name of the result files")
+    return parser.parse_args(arguments)
+
+
+def denoise(arguments: list[str], *, results: Path) -> int:
+    options = parse_selection("denoise", arguments)
+    cases = denoise_cases(options.model, rank=options.rank, clock=options.clock)
+    return one_table(options, cases, results)
+
+
+def select(arguments: list[str], *, results: Path) -> int:
+    options = parse_selection("select", arguments)
+    cases = [select_case(options.model, rank=options.rank, clock=options.clock)]
+    return one_table(options, cases, results)
+
+
+def one_table(options: argparse.Namespace, cases: list[Case], root: Path) -> int:
+    """Run cases and write all their contenders in one table."""
+    torch.set_num_threads(options.threads)
+    tiny = options.model == "tiny"
+    extra = suite_source(torch.device(options.device), tiny=tiny)
+
+    def progress(results: list[dict]) -> None:
+        done = results[-1]
+        print(f"{done['status']:5} {done['took_seconds']:6.1f} s  {done['name']}", flush=True)
+
+    found = run_suite(
+        cases,
+        options.device,
+        only=options.only,
+        minutes=float("inf"),
+        rounds=options.rounds,
+        case_seconds=options.case_seconds,
+        progress=progress,
+    )
+    passed = all(result["status"] in _GOOD for result in found)
+    table = suite_table(found, extra)
+    folder = options.out or results_folder(root, passed=passed and not tiny)
+    path = write_results(folder, options.name, {"suite": extra, "cases": found}, table)
+    print(f"\n{table}\nwritten to {path}")
+    return 0 if passed else 1
