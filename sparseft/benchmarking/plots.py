@@ -61,6 +61,11 @@ def plot_density(records: Iterable[Record], path: str | Path) -> Path | None:
             )
         axes.set_xscale("log")
         axes.set_yscale("log")
+        densities = sorted({r["density"] for r in rows if r.get("density") is not None})
+        axes.set_xticks(densities, [f"{100 * d:.3g}%" for d in densities])
+        axes.minorticks_off()
+        axes.yaxis.set_major_locator(_ticks(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
         axes.set_xlabel("density")
         axes.set_ylabel("times the speed of the baseline (median, quartiles)")
         axes.set_title(_plain(name), fontsize=9)
@@ -154,6 +159,9 @@ def plot_speedups(records: Iterable[Record], path: str | Path) -> Path | None:
     axes.invert_yaxis()
     axes.axvline(1, color="black", linewidth=1)
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(_ticks(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.minorticks_off()
     axes.set_xlabel("times the speed of the case's baseline (median and quartiles of rounds)")
     _tidy(axes)
     return _save(figure, path)
@@ -223,6 +231,12 @@ def _figure(wide: float, high: float) -> Any:
     figure = Figure(figsize=(wide, high), layout="constrained", dpi=130)
     FigureCanvasAgg(figure)
     return figure
+
+
+def _ticks(subs: tuple[int, ...]) -> Any:
+    from matplotlib.ticker import LogLocator
+
+    return LogLocator(subs=subs)
 
 
 def _tidy(axes: Any) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
+import textwrap
 import types
 
 import pytest
 import torch
 
+from sparseft import benchmarking
 from sparseft.benchmarking import OPS, cases
 from sparseft.benchmarking.catalogue import DTYPES, SIZES
 from sparseft.benchmarking.competitors import COMPILE, absent, compiled
@@ -59,6 +62,22 @@ def test_a_case_file_may_have_one_several_or_no_benches(adding, monkeypatch):
     assert cases.benches_of("x") == (one,)
     module.BENCHES = (one, two)
     assert cases.benches_of("x") == (one, two)
+
+
+def test_the_package_gives_what_it_names_and_its_example_runs():
+    for name in benchmarking.__all__:
+        assert getattr(benchmarking, name) is not None
+        assert name in dir(benchmarking)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        benchmarking.nothing  # noqa: B018
+    first = re.search(
+        r"^    from (?:.*\n    |\n    |\n\n    )*.*$", benchmarking.__doc__, re.MULTILINE
+    )
+    lines = textwrap.dedent(first[0]).replace("(768, 768, 4096)", "(32, 16, 8)")
+    names = {}
+    exec(compile(lines, "example", "exec"), names)
+    assert names["result"]["status"] == "ok"
+    assert any(row.get("speed") for row in names["result"]["contenders"])
 
 
 # What is typed.

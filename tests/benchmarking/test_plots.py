@@ -61,6 +61,8 @@ class Axes:
         self.drawn = []
 
     def __getattr__(self, name):
+        if name in ("xaxis", "yaxis"):
+            return self
         if name == "spines":
             return {side: self for side in ("top", "right")}
 

@@ -85,19 +85,19 @@ def test_a_wrong_contender_is_not_timed_and_is_the_exit_code(bench):
 
 def test_out_holds_lines_tables_and_pictures(bench, tmp_path):
     folder = tmp_path / "new"
-    words = ("--op", "adding", "--size", "tiny", "--out", str(folder))
+    words = ("--op", "adding", "--shape", "4x4", "--rounds", "2", "--out", str(folder))
     assert bench(*words)[0] == 0
     names = ["bench.jsonl", "bench.md", "density.png", "roofline.png", "speedups.png"]
     assert sorted(p.name for p in folder.iterdir()) == names
-    assert len(read_records(folder / "bench.jsonl")) == 6
+    assert len(read_records(folder / "bench.jsonl")) == 3
     text = (folder / "bench.md").read_text()
-    assert "## adding/8x8/fp32" in text
+    assert "## adding/4x4/fp32" in text
     assert "% of copy" in text
     assert bench(*words, "--no-plot")[0] == 0
-    assert len(read_records(folder / "bench.jsonl")) == 6  # of this run alone
-    other = tmp_path / "other"
-    assert bench("--op", "adding", "--size", "tiny", "--out", str(other), "--no-plot")[0] == 0
-    assert sorted(p.name for p in other.iterdir()) == names[:2]
+    assert len(read_records(folder / "bench.jsonl")) == 3  # of this run alone
+    words = (*words[:-1], str(tmp_path / "other"), "--no-plot")
+    assert bench(*words)[0] == 0
+    assert sorted(p.name for p in (tmp_path / "other").iterdir()) == names[:2]
 
 
 def test_json_goes_to_a_file_that_grows_or_alone_to_the_output(bench, tmp_path):
