@@ -151,7 +151,7 @@ class _Entries:
     def __post_init__(self) -> None:
         self.at = self.pattern.indices
         self.wide = self.at.long()
-        self.base = gather_entries(self.weight, self.at, backend="reference")
+        self.base = self.weight.view(-1)[self.wide]
         self.saved = self.values.to(self.weight.dtype)
         self.moved = bytes_moved(self.op, self.pattern, self.weight.element_size())
 
