@@ -6,6 +6,7 @@ Not part of the default run: `testpaths` is `tests`. Needs pytest-benchmark (the
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
@@ -24,6 +25,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if not config.pluginmanager.hasplugin("benchmark"):
+        raise pytest.UsageError(
+            "pytest-benchmark is not installed: pip install 'sparseft[bench]', or measure with "
+            "`sparseft bench`, which does not need it."
+        )
     if importlib.util.find_spec("sparseft") is None:
         raise pytest.UsageError(
             "sparseft is not importable. Install the checkout (pip install -e '.[bench]') or put "
@@ -33,8 +39,17 @@ def pytest_configure(config: pytest.Config) -> None:
 
     # See tests/conftest.py: the root on the path would make a package of the folder kernels/.
     sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != ROOT]
-    if not config.pluginmanager.hasplugin("benchmark"):
-        raise pytest.UsageError(
-            "pytest-benchmark is not installed: pip install 'sparseft[bench]', or measure with "
-            "`sparseft bench`, which does not need it."
-        )
+    from sparseft.benchmarking.cases import OPS
+
+    for name in config.getoption("bench_op") or ():
+        if name not in OPS:
+            raise pytest.UsageError(
+                f"--bench-op {name}: no such operation; there are: {', '.join(OPS)}"
+            )
+    if config.getoption("bench_size") == "tiny":
+        os.environ.setdefault("SPARSEFT_BENCH_COMPILE", "0")  # compiling takes most of the time
+    if config.getoption("bench_size") == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise pytest.UsageError("--bench-size cuda: torch sees no CUDA or ROCm device")
