@@ -271,15 +271,26 @@ def _lora(model: nn.Module, workload: Workload, way: Way) -> Built:
 def _adapters_in_place(dtype: torch.dtype, model: Any) -> Iterator[None]:
     """On fake tensors: make PEFT's adapters where and as they belong, for it cannot move them.
 
-    ``Module.to`` of a fake module fails (torch 2.13: "Couldn't swap").
+    ``Module.to`` of a fake module fails (torch 2.13: "Couldn't swap"), and a deep copy of a fake
+    tensor copies the storage that it has not: the process crashes, some steps later.
     """
     if not faked():
         yield
         return
+    def stay(module: nn.Module, *_: Any, **__: Any) -> nn.Module:
+        return module
+
+    def copied(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
+        copy = tensor.detach().clone()
+        if isinstance(tensor, nn.Parameter):
+            copy = nn.Parameter(copy, tensor.requires_grad)
+        return memo.setdefault(id(tensor), copy)
+
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
+    to, deepcopy = (nn.Module, "to", stay), (Tensor, "__deepcopy__", copied)
     try:
-        with model.device, mock.patch.object(nn.Module, "to", lambda module, *_, **__: module):
+        with model.device, mock.patch.object(*to), mock.patch.object(*deepcopy):
             yield
     finally:
         torch.set_default_dtype(default)
