@@ -64,8 +64,7 @@ def plot_density(records: Iterable[Record], path: str | Path) -> Path | None:
         densities = sorted({r["density"] for r in rows if r.get("density") is not None})
         axes.set_xticks(densities, [f"{100 * d:.3g}%" for d in densities])
         axes.minorticks_off()
-        axes.yaxis.set_major_locator(_ticks(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter("{x:g}")
+        _plain_ticks(axes.yaxis, [1 / r["ratio"]["median"] for r in rows])
         axes.set_xlabel("density")
         axes.set_ylabel("times the speed of the baseline (median, quartiles)")
         axes.set_title(_plain(name), fontsize=9)
@@ -159,8 +158,7 @@ def plot_speedups(records: Iterable[Record], path: str | Path) -> Path | None:
     axes.invert_yaxis()
     axes.axvline(1, color="black", linewidth=1)
     axes.set_xscale("log")
-    axes.xaxis.set_major_locator(_ticks(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter("{x:g}")
+    _plain_ticks(axes.xaxis, [*values, 1.0])
     axes.minorticks_off()
     axes.set_xlabel("times the speed of the case's baseline (median and quartiles of rounds)")
     _tidy(axes)
@@ -233,10 +231,13 @@ def _figure(wide: float, high: float) -> Any:
     return figure
 
 
-def _ticks(subs: tuple[int, ...]) -> Any:
+def _plain_ticks(axis: Any, speeds: Sequence[float]) -> None:
+    """Label an axis of speeds with plain numbers, as many as there is room for."""
     from matplotlib.ticker import LogLocator
 
-    return LogLocator(subs=subs)
+    wide = max(speeds) / min(speeds) > 500
+    axis.set_major_locator(LogLocator(subs=(1,) if wide else (1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
 
 
 def _tidy(axes: Any) -> None:
