@@ -12,7 +12,14 @@ import torch
 from sparseft.benchmarking.results import machine, markdown_table
 from sparseft.evaluation.provenance import provenance
 
-__all__ = ["show_spread", "show_time", "suite_markdown", "suite_source", "suite_table"]
+__all__ = [
+    "show_spread",
+    "show_time",
+    "show_times",
+    "suite_markdown",
+    "suite_source",
+    "suite_table",
+]
 
 _TARGETS = {"case": "case", "what": "target", "measured": "measured", "met": "met"}
 _ONE = {
@@ -166,6 +173,13 @@ def show_time(seconds: float) -> str:
     """Return ``12.3 ms``."""
     size, unit = next((u for u in _UNITS if seconds >= u[0]), _UNITS[-1])
     return f"{seconds / size:.3g} {unit}"
+
+
+def show_times(numbers: Mapping[str, float]) -> str:
+    """Return ``12.3 ms (11.9-13)``: the unit once, for narrow tables."""
+    size, unit = next((u for u in _UNITS if numbers["median"] >= u[0]), _UNITS[-1])
+    middle, low, high = (numbers[key] / size for key in ("median", "quartile1", "quartile3"))
+    return f"{middle:.3g} {unit} ({low:.3g}-{high:.3g})"
 
 
 def _number(value: Any) -> str:

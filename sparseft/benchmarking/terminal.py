@@ -5,13 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from sparseft.benchmarking.suite_report import show_spread, show_time
+from sparseft.benchmarking.suite_report import show_spread, show_times
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 __all__ = ["case_table", "case_title", "checks_text", "share_text"]
 
+_HEADINGS = (
+    "contender",
+    "median (quartiles)",
+    "x baseline (quartiles)",
+    "GB/s (% of copy)",
+    "TFLOP/s (% of GEMM)",
+    "checks",
+)
+_ALWAYS = (0, 1, 2, 5)
+_WIDTHS = {0: 20, 5: 12}  # at least, however narrow the terminal
 _STYLES = {"red": "bold red", "error": "bold red", "skipped": "dim", "ok": ""}
 
 
@@ -35,17 +45,23 @@ def case_table(result: Mapping[str, Any]) -> Table:
     from rich.table import Table
     from rich.text import Text
 
+    case_rows = result["contenders"]
     table = Table(box=box.SIMPLE_HEAD)
-    headings = ("contender", "median (quartiles)", "x baseline (quartiles)")
-    for number, heading in enumerate((*headings, "GB/s (% of copy)", "TFLOP/s (% of GEMM)")):
-        table.add_column(heading, justify="left" if number == 0 else "right", overflow="fold")
-    table.add_column("checks", overflow="fold")
-    for row in result["contenders"]:
+    rows = [[row["name"], *_times(row), *_shares(row), checks_text(row)] for row in case_rows]
+    # Columns that no row fills are left out: terminals are narrow.
+    kept = [n for n in range(len(_HEADINGS)) if n in _ALWAYS or any(cells[n] for cells in rows)]
+    for number in kept:
+        table.add_column(
+            _HEADINGS[number],
+            justify="right" if 0 < number < len(_HEADINGS) - 1 else "left",
+            overflow="fold",
+            min_width=_WIDTHS.get(number),
+        )
+    for row, cells in zip(case_rows, rows, strict=True):
         style = _STYLES[row["status"]]
         if not style and row.get("ours"):
             style = "bold"
-        cells = [row["name"], *_times(row), *_shares(row), checks_text(row)]
-        table.add_row(*(Text(cell) for cell in cells), style=style)
+        table.add_row(*(Text(cells[number]) for number in kept), style=style)
     return table
 
 
@@ -53,7 +69,7 @@ def _times(row: Mapping[str, Any]) -> tuple[str, str]:
     for clock in row.get("clocks", {}).values():  # the first: that of the ratios
         ratio = clock.get("ratio")
         return (
-            show_spread(clock["seconds"], show_time),
+            show_times(clock["seconds"]),
             "" if ratio is None else show_spread(ratio, lambda x: f"{x:.3f}"),
         )
     return "", ""

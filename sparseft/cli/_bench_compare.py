@@ -73,7 +73,7 @@ def _show(console: Console, result: Mapping[str, Any]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from sparseft.benchmarking.suite_report import show_spread, show_time
+    from sparseft.benchmarking.suite_report import show_spread, show_times
 
     title = result["name"]
     if result["status"] != "ok":
@@ -90,7 +90,7 @@ def _show(console: Console, result: Mapping[str, Any]) -> None:
         name = f"{row['name']} (control)" if row["control"] else row["name"]
         cells = [name, "", "", f"{row['status']}: {row['reason']}"]
         if row["status"] == "ok":
-            spreads = [show_spread(row[f"{side}_seconds"], show_time) for side in _SIDES]
+            spreads = [show_times(row[f"{side}_seconds"]) for side in _SIDES]
             cells = [name, *spreads, show_spread(row["ratio"], lambda x: f"{x:.3f}")]
         style = "bold red" if row["status"] in ("red", "error") else ""
         table.add_row(*(Text(cell) for cell in cells), style=style)
