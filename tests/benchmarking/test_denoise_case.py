@@ -22,6 +22,11 @@ def rows_of(result):
     return {row["name"]: row for row in result["contenders"]}
 
 
+@pytest.fixture(autouse=True)
+def nothing_compiled(monkeypatch):
+    monkeypatch.setenv("SPARSEFT_BENCH_COMPILE", "0")
+
+
 @pytest.fixture
 def one_thread():
     before = torch.get_num_threads()
@@ -42,7 +47,13 @@ def test_both_commands_on_tiny_shapes(one_thread):
     assert list(svd) == [denoise.FULL, denoise.LOWRANK, denoise.OURS]
     assert len(svd[denoise.OURS]["checks"]) == 4  # against svd_lowrank; optimal, three shapes
     chosen = rows_of(results[2])
-    assert list(chosen) == [select.PEER, select.MAGNITUDE, select.DENOISED]
+    assert list(chosen) == [
+        select.PEER,
+        select.TORCH,
+        select.MAGNITUDE,
+        select.LOOP,
+        select.DENOISED,
+    ]
 
 
 def test_the_shapes_of_an_encoder():
@@ -59,7 +70,7 @@ def test_the_plain_way_of_pruning_is_ours():
     for (_, value), (_, delta, _) in zip(
         denoised(given, Denoise(rank=4, residual=0.1)), given, strict=True
     ):
-        plain = denoise._pruned(delta, cut_full(delta, 4), 0.1)
+        plain = denoise.pruned(delta, cut_full(delta, 4), 0.1)
         assert torch.allclose(value, plain, atol=1e-6 * float(delta.abs().max()))
 
 

@@ -276,7 +276,7 @@ def spoil_topk(monkeypatch):
         return real([(n, b, a + (a == a.max())) for n, a, b in pairs], k)
 
     monkeypatch.setattr(topk, "topk_differences", first)
-    return "topk/*", "topk_differences"
+    return "topk/*", "ours, 1%"
 
 
 def spoil_entries(monkeypatch):

@@ -112,7 +112,7 @@ def suite_cases(*, tiny: bool = False) -> list[Case]:
     from sparseft.benchmarking.cases.sketch import sketch_case
     from sparseft.benchmarking.cases.sparse_step import sparse_step_case
     from sparseft.benchmarking.cases.spmm import spmm_case
-    from sparseft.benchmarking.cases.topk import LLAMA, SMALL, XLMR, topk_case
+    from sparseft.benchmarking.cases.topk import topk_case
 
     if tiny:
         return [
@@ -120,7 +120,7 @@ def suite_cases(*, tiny: bool = False) -> list[Case]:
             sparse_step_case("sparse_step", (2, 32, 48), "fp32"),
             model_step_case(2, 8, shape=TINY),
             sparse_step_case("sparse_step", (2, 32, 48), "bf16"),
-            topk_case("tiny", SMALL, "bf16"),
+            topk_case((1, 32, 64), (0.01,), "bf16"),
             spmm_case((64, 48), 6, 4, 2),
             denoise_case((1, 72, 2), (0.1,), "fp32"),
             prune_case((2, 40, 70, 5), (0.1,), "fp32"),
@@ -147,11 +147,11 @@ def suite_cases(*, tiny: bool = False) -> list[Case]:
         sampled_grad_case((11008, 4096), 16384),
         sampled_grad_case((768, 768), 4096),
         sampled_grad_case((3072, 768), 4096),
-        topk_case("xlmr_base", XLMR, "bf16"),
+        topk_case((12, 768, 250_002), (0.01,), "bf16"),
         sparse_step_case("sparse_step", (32, 4096, 11008), "bf16"),
         grid_case("xlmr_base", "bf16"),
         switch_case(2, "xlmr_base", "fp32"),
-        topk_case("llama_8_layers", LLAMA, "bf16"),
+        topk_case((8, 4096, 32_000), (0.01,), "bf16"),
         denoise_case((12, 768, 64), (0.1,), "fp32"),
         prune_case((48, 768, 768, 64), (0.1,), "fp32"),
         prune_case((8, 768, 3072, 64), (0.1,), "fp32"),
@@ -166,5 +166,5 @@ def suite_cases(*, tiny: bool = False) -> list[Case]:
         *(entries_case(op, (250_002, 768)) for op in ("write_sum", "restore", "capture")),
         sampled_grad_case((768, 768), 16384),
         sampled_grad_case((3072, 768), 16384),
-        topk_case("xlmr_base", XLMR, "fp32"),
+        topk_case((12, 768, 250_002), (0.01,), "fp32"),
     ]

@@ -12,7 +12,6 @@ task vectors, which cost the same at any density.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from sparseft.benchmarking.cases import composable_sft as peer
+from sparseft.benchmarking.cases.any_size import compiled_for_any_size
 from sparseft.benchmarking.cases.asked import check_densities, check_shape, percent, torch_dtype
 from sparseft.benchmarking.cases.compose_sides import (
     DTYPES,
@@ -35,7 +35,6 @@ from sparseft.benchmarking.cases.encoders import DIMS, Model, parameter_shapes
 from sparseft.benchmarking.cases.load import load_case
 from sparseft.benchmarking.cases.parts import typical
 from sparseft.benchmarking.catalogue import OpBench, Shape, case_name
-from sparseft.benchmarking.competitors import COMPILE
 from sparseft.benchmarking.limits import require_memory, too_little
 from sparseft.benchmarking.rotation import Timing
 from sparseft.benchmarking.suite import Case, Contender, Prepared, Target, at_most, attempt, faster
@@ -167,7 +166,9 @@ def _build(
         sides = made[suffix] = Sides(walk.adapters, model, dtype, density, device)
         contenders |= _contenders(kind, sides, walk, suffix, density)
         if density == usual:
-            contenders[COMPILED + suffix] = _compiled(sides, walk, density)
+            contenders[COMPILED + suffix] = compiled_for_any_size(
+                _index_add, partial(_index_adds, sides, walk, density), density=density
+            )
     sides = next(iter(made.values()))
     if device.type == "cuda" and kind == "switch":
         suffix = next(s for s, d in rows.items() if d == usual)
@@ -207,7 +208,7 @@ def _contenders(
 
     made = {
         PEER: _plain(sides.coo(), sides, walk, density),
-        PLAIN: _plain(sides.index_adds(_index_add), sides, walk, density),
+        PLAIN: _index_adds(sides, walk, density, _index_add),
         OURS: Contender(
             sides.follow(walk.runs),
             checks,
@@ -232,24 +233,14 @@ def _plain(add: Add, sides: Sides, walk: _Walk, density: float | None) -> Conten
     return Contender(walked(add, walk.runs), checks, density=density)
 
 
+def _index_adds(
+    sides: Sides, walk: _Walk, density: float, each: Callable[..., object]
+) -> Contender:
+    return _plain(sides.index_adds(each), sides, walk, density)
+
+
 def _index_add(weight: Tensor, at: Tensor, values: Tensor, coeff: Tensor) -> Tensor:
     return weight.index_add_(0, at, values * coeff)
-
-
-def _compiled(sides: Sides, walk: _Walk, density: float) -> Contender:
-    """One graph for all tensors, whatever their sizes: a graph of the whole model takes minutes to
-    compile, anew for each set of adapters.
-    """
-    if os.environ.get(COMPILE) == "0":
-        return Contender(skipped=f"{COMPILE}=0", density=density)
-    quick = torch.compile(_index_add, dynamic=True)
-    try:
-        return _plain(sides.index_adds(quick), sides, walk, density)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        return Contender(skipped=f"torch.compile failed: {lines[0][:160]}", density=density)
 
 
 def _dense(sides: Sides, walk: _Walk, model_bytes: int) -> Contender:

@@ -281,10 +281,10 @@ def _ours(
 def _plain(triples: list[tuple[str, Tensor, Tensor]], rank: int, share: float) -> Contender:
     def theirs() -> None:
         for _, new, old in triples:
-            _pruned(new - old, cut_lowrank(new - old, rank), share)
+            pruned(new - old, cut_lowrank(new - old, rank), share)
 
     _, delta, _ = triples[0]
-    got = _pruned(delta, cut_lowrank(delta, rank), share)
+    got = pruned(delta, cut_lowrank(delta, rank), share)
     same = int((got == delta).sum())
     # An entry whose residual rounds to nothing has the difference's value, too; ties may be kept.
     excess = abs(same - round(share * delta.numel()))
@@ -292,7 +292,7 @@ def _plain(triples: list[tuple[str, Tensor, Tensor]], rank: int, share: float) -
     return Contender(theirs, [Check("entries kept too many or too few", float(excess), limit)])
 
 
-def _pruned(delta: Tensor, factors: Factors, residual: float) -> Tensor:
+def pruned(delta: Tensor, factors: Factors, residual: float) -> Tensor:
     """Return what `denoised` does, the plain way; the threshold by numpy's partition on a CPU."""
     low = _product(factors)
     rest = (delta - low).abs()
