@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -43,9 +45,11 @@ cases.OPS["made_up"] = OpBench(
 """
 
 
-def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    (folder / "made_up_plugin.py").write_text(PLUGIN)
-    command = [sys.executable, "-m", "pytest", "-p", "made_up_plugin", "benchmarks", "-q"]
+def run(folder: Path, *arguments: str, made_up: bool = False) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pytest", "benchmarks", "-q"]
+    if made_up:
+        (folder / "made_up_plugin.py").write_text(PLUGIN)
+        command += ["-p", "made_up_plugin"]
     path = [str(folder), str(ROOT), str(ROOT / "kernels")]
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(path),
@@ -66,6 +70,7 @@ def test_each_contender_is_a_row_and_a_wrong_one_has_no_time(tmp_path: Path):
         tmp_path,
         *("--bench-op", "made_up", "--bench-op", "capture"),
         *("--benchmark-json", str(written), "--benchmark-min-rounds", "2"),
+        made_up=True,
     )
     assert done.returncode == 1, done.stdout + done.stderr
     assert "not timed, as it is not right" in done.stdout
@@ -86,12 +91,24 @@ def test_each_contender_is_a_row_and_a_wrong_one_has_no_time(tmp_path: Path):
     assert all(row["stats"]["rounds"] == 2 and row["stats"]["median"] > 0 for row in real)
 
 
-def test_an_unknown_operation_is_refused_with_the_known_ones(tmp_path: Path):
-    pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed")
-    done = run(tmp_path, "--bench-op", "captured", "--collect-only")
-    assert done.returncode != 0
-    assert "--bench-op captured: no such operation; there are: " in done.stderr
-    assert "capture, " in done.stderr
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bench_op": ["captured"]}, "--bench-op captured: no such operation; there are: sampled"),
+        ({"bench_size": "cuda"}, "--bench-size cuda: torch sees no CUDA or ROCm device"),
+    ],
+)
+def test_wrong_options_are_refused(monkeypatch: pytest.MonkeyPatch, options, message):
+    spec = importlib.util.spec_from_file_location("bench_conftest", ROOT / "benchmarks/conftest.py")
+    conftest = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(conftest)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    config = SimpleNamespace(
+        getoption=options.get, pluginmanager=SimpleNamespace(hasplugin=lambda name: True)
+    )
+    with pytest.raises(pytest.UsageError, match=message):
+        conftest.pytest_configure(config)
 
 
 def test_without_pytest_benchmark_it_says_what_to_install(tmp_path: Path):
