@@ -229,7 +229,7 @@ def _bench(op: str, summary: str) -> OpBench:
         shapes={
             "cuda": ((32, 4096, 11008),),
             "cpu": ((1, 512, 1376),),
-            "tiny": ((1, 32, 48),),
+            "tiny": ((1, 96, 128),),
         },
         dtypes=_DTYPES,
         densities=_DENSITIES,
