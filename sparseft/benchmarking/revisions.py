@@ -210,6 +210,7 @@ def _case(
     for side, answer in zip((before, after), built, strict=True):
         if "error" in answer:
             reason = answer["error"].strip().split("\n")[0]
+            reason = reason.replace(f"{side.tree.path}{os.sep}", "")
             if "TooLittleMemory" in reason or "OutOfMemory" in reason:
                 return {"status": "skipped", "reason": f"{side.tree}: {reason}"}
             status = "error" if side is after else f"not in {side.tree.label}"

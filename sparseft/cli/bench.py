@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -243,9 +244,11 @@ def verdict(console: Console, results: Sequence[Mapping[str, Any]]) -> int:
     from rich.text import Text
 
     bad = [result for result in results if result["status"] in ("red", "error")]
-    left = sum(result["status"] == "skipped" for result in results)
-    text = f"{len(results)} cases, {len(results) - len(bad) - left} ok"
-    text += f", {left} skipped" if left else ""
+    counts = Counter(result["status"] for result in results if result not in bad)
+    text = ", ".join(
+        [f"{len(results)} cases", f"{counts.pop('ok', 0)} ok"]
+        + [f"{count} {status}" for status, count in counts.items()]
+    )
     if bad:
         text += f"; WRONG: {', '.join(result['name'] for result in bad)}"
     console.print(Text(text, style="bold red" if bad else ""))

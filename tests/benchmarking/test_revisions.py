@@ -15,6 +15,7 @@ import pytest
 from sparseft.benchmarking import cases, revisions, trees, worker
 from sparseft.benchmarking.planning import plan_cases
 from sparseft.benchmarking.revisions import SideFailed, compare_revisions
+from sparseft.benchmarking.suite import Contender
 from sparseft.benchmarking.trees import HERE, Tree, checkout_root, lay_out, split_revisions
 from sparseft.errors import OptionError
 
@@ -243,6 +244,24 @@ def test_ctrl_c_ends_both_sides_and_removes_the_folder(fake, adding, monkeypatch
         fake(adding())
     assert [entry[1] for entry in Fake.log] == ["end", "end"]
     assert not any(folder.exists() for folder in folders)
+
+
+def test_short_runs_are_repeated_and_long_ones_run_once():
+    side = worker.Side()
+    runs = []
+
+    class Watch:
+        def time(self, run, lead):
+            run()
+            return float(len(runs)), 0.0
+
+    side.watch = Watch()
+    side.contenders = {"a": Contender(lambda: runs.append(1))}
+    side.leads = {"a": 0.5e-3}
+    assert side.time(contender="a") == {"seconds": 3.5}  # one untimed, then 2, 3, 4, 5
+    runs.clear()
+    side.leads = {"a": 1.0}
+    assert side.time(contender="a") == {"seconds": 1.0}
 
 
 # Real processes.
