@@ -1,4 +1,4 @@
-"""Several adapters on one weight by each rule (sum, TIES, largest, consensus), and `compose_diffs`.
+"""Several adapters on one weight by each rule: sum, TIES, largest, consensus.
 
 Against the rules on dense task vectors, as model-merging tools have them: every adapter's delta of
 the whole weight in fp32, stacked. Values are multiples of 1/64 and coefficients powers of two, so
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sparseft.benchmarking.cases.asked import check_densities, check_shape, percent, torch_dtype
-from sparseft.benchmarking.cases.parts import typical, where_torch_can
+from sparseft.benchmarking.cases.parts import typical
 from sparseft.benchmarking.catalogue import OpBench, Shape, case_name
 from sparseft.benchmarking.checks import Check, as_accurate, equal_bits
 from sparseft.benchmarking.competitors import compiled
@@ -22,14 +22,15 @@ from sparseft.benchmarking.limits import require_memory
 from sparseft.benchmarking.masks import random_pattern, sectors_touched
 from sparseft.benchmarking.suite import Case, Contender, Prepared, attempt
 from sparseft.diff import SparseDiff, SparsePattern
-from sparseft.ops import compose_diffs, pack_diffs, resolve_backend, write_sum_
+from sparseft.ops import write_sum_
 from sparseft.ops.combine import Rule, Term, combine
 from sparseft.ops.compose import STATE, compose_many_, runs_packed
 from sparseft.ops.packed import PackedTerm, PackedUnion
 from sparseft.ops.union import union_of
 
-__all__ = ["BENCHES", "RULES", "combine_case", "compose_diffs_case", "dense_form"]
+__all__ = ["BENCH", "RULES", "combine_case", "dense_form"]
 
+_OP = "combine"
 _DIMS = "ROWSxCOLSxADAPTERS"
 _DTYPES = ("bf16", "fp32", "fp16")
 _DENSITIES = (0.001, 0.01, 0.1)
@@ -51,42 +52,20 @@ def combine_case(
     """Compare the rules, written onto a weight in ``dtype`` from its own entries."""
 
     def build(device: torch.device) -> Prepared:
-        made = _draw("combine", shape, adapters, densities, dtype, device)
+        made = _draw(shape, adapters, densities, dtype, device)
         contenders: dict[str, Contender] = {}
         for label, rule in RULES.items():
             side = made[typical(densities)]
             contenders[f"dense task vectors, {label}"] = attempt(partial(side.dense, rule))
             if label == "TIES":  # of most passes: one compilation
-                contenders[f"compiled: dense task vectors, {label}"] = side.compiled(rule)
+                name = f"compiled: dense task vectors, {label}"
+                contenders[name] = attempt(partial(side.compiled, rule))
             for density, side in made.items():
                 name = f"ours, {label}, {percent(density)}"
                 contenders[name] = attempt(partial(side.ours, rule))
         return Prepared(contenders, "dense task vectors, sum")
 
-    return Case(case_name("combine", (*shape, adapters), dtype), build)
-
-
-def compose_diffs_case(
-    shape: tuple[int, int],
-    adapters: int,
-    densities: tuple[float, ...] = _DENSITIES,
-    dtype: str = "bf16",
-) -> Case:
-    """Compare the differentiable sum, which returns a new weight; its forward pass."""
-
-    def build(device: torch.device) -> Prepared:
-        made = _draw("compose_diffs", shape, adapters, densities, dtype, device)
-        side, rule = made[typical(densities)], RULES["sum"]
-        contenders = {
-            "dense task vectors": attempt(partial(side.dense, rule)),
-            "compiled: dense task vectors": side.compiled(rule),
-        }
-        for density, side in made.items():
-            contenders[f"weight + torch.sparse COO, {percent(density)}"] = attempt(side.coo)
-            contenders[f"ours, {percent(density)}"] = attempt(side.composed)
-        return Prepared(contenders, "dense task vectors")
-
-    return Case(case_name("compose_diffs", (*shape, adapters), dtype), build)
+    return Case(case_name(_OP, (*shape, adapters), dtype), build)
 
 
 def dense_form(
@@ -117,26 +96,23 @@ def dense_form(
     return (base.to(wide) + total).to(base.dtype if wide != torch.float64 else wide)
 
 
-def bytes_moved(union: SparsePattern, nnz: int, itemsize: int, *, whole: bool) -> int:
+def bytes_moved(union: SparsePattern, nnz: int, itemsize: int) -> int:
     """Return the least bytes of a composition.
 
-    An index of 4 for each entry of the union, 5 (fp32 value, adapter) for each of ``nnz`` values;
-    the weight's 32-byte pieces that hold an entry, in and out, or the ``whole`` weight.
+    Index and base of each entry of the union, 5 (fp32 value, adapter) for each of ``nnz`` values;
+    the weight's 32-byte pieces that hold an entry, in and out.
     """
-    if whole:
-        return 4 * union.nnz + 5 * nnz + 2 * itemsize * union.numel
-    return 4 * union.nnz + 5 * nnz + 64 * sectors_touched(union, itemsize)
+    return (4 + itemsize) * union.nnz + 5 * nnz + 64 * sectors_touched(union, itemsize)
 
 
 def _draw(
-    op: str,
     shape: tuple[int, int],
     adapters: int,
     densities: tuple[float, ...],
     dtype: str,
     device: torch.device,
 ) -> dict[float, _Side]:
-    kind, numel = torch_dtype(op, dtype, _DTYPES), shape[0] * shape[1]
+    kind, numel = torch_dtype(_OP, dtype, _DTYPES), shape[0] * shape[1]
     # deltas in fp32 and, for the gate, fp64 with what a rule makes of each; weights; packed entries
     need = numel * (adapters * (4 + 4 * 8) + 4 * 8 + 8 * kind.itemsize)
     require_memory(need + 60 * adapters * sum(densities) * numel, device)
@@ -181,12 +157,10 @@ class _Side:
         found = as_accurate("result", got.view(-1)[at], theirs, exact)
         return [found, equal_bits("the rest", rest, self.weight)]
 
-    def _contender(
-        self, run: Callable[[], Tensor], rule: Rule, *, whole: bool, backend: str
-    ) -> Contender:
+    def _contender(self, run: Callable[[], Tensor], rule: Rule, *, backend: str) -> Contender:
         itemsize = self.weight.element_size()
         facts = {"backend": backend, "nnz": self.nnz, "union": self.union.nnz}
-        moved = bytes_moved(self.union, self.nnz, itemsize, whole=whole)
+        moved = bytes_moved(self.union, self.nnz, itemsize)
         checks = self.check(rule, run())
         return Contender(run, checks, facts, ours=True, density=self.density, bytes=moved)
 
@@ -203,7 +177,7 @@ class _Side:
                 write_sum_(target, at, self.base, combine(terms, at.numel(), rule))
                 return target
 
-            return self._contender(run, rule, whole=False, backend="reference")
+            return self._contender(run, rule, backend="reference")
         packed = PackedUnion.pack(
             [at],
             [[PackedTerm(i, d.values, self.places[i]) for i, d in enumerate(self.diffs)]],
@@ -219,17 +193,7 @@ class _Side:
             )  # fmt: skip
             return target
 
-        return self._contender(launch, rule, whole=False, backend="triton")
-
-    def composed(self) -> Contender:
-        packed = pack_diffs(self.diffs)
-        backend = resolve_backend("compose_entries", self.diffs[0].values)
-
-        @torch.no_grad()
-        def run() -> Tensor:
-            return compose_diffs(self.weight, self.diffs, self.coeffs, packed=packed)
-
-        return self._contender(run, RULES["sum"], whole=True, backend=backend)
+        return self._contender(launch, rule, backend="triton")
 
     def _dense_bytes(self) -> int:
         """Every delta once in fp32, the weight in and out."""
@@ -258,61 +222,24 @@ class _Side:
         made.bytes = self._dense_bytes()
         return made
 
-    def coo(self) -> Contender:
-        """An addition per adapter: fp32 all the way, so that it rounds once as well."""
-        width = self.weight.shape[1]
-        parts = []
-        for diff, coeff in zip(self.diffs, self.coeffs, strict=True):
-            at = diff.indices.long()
-            parts.append(
-                torch.sparse_coo_tensor(
-                    torch.stack((at // width, at % width)),
-                    diff.values * coeff,
-                    diff.shape,
-                    is_coalesced=True,
-                    check_invariants=False,
-                )
-            )
 
-        def run() -> Tensor:
-            total = self.weight.to(torch.float32, copy=True)
-            for sparse in parts:
-                total.add_(sparse)
-            return total.to(self.weight.dtype)
-
-        moved = bytes_moved(self.union, self.nnz, self.weight.element_size(), whole=True)
-        return where_torch_can(
-            run, partial(self.check, RULES["sum"]), density=self.density, bytes=moved
-        )
+def _build(shape: Shape, densities: tuple[float, ...], dtype: str) -> Case:
+    check_shape(_OP, _DIMS, shape)
+    check_densities(_OP, densities)
+    rows, cols, adapters = shape
+    return combine_case((rows, cols), adapters, densities, dtype)
 
 
-def _bench(
-    op: str,
-    make: Callable[[tuple[int, int], int, tuple[float, ...], str], Case],
-    summary: str,
-) -> OpBench:
-    def build(shape: Shape, densities: tuple[float, ...], dtype: str) -> Case:
-        check_shape(op, _DIMS, shape)
-        check_densities(op, densities)
-        rows, cols, adapters = shape
-        return make((rows, cols), adapters, densities, dtype)
-
-    return OpBench(
-        name=op,
-        summary=summary,
-        dims=_DIMS,
-        shapes={
-            "cuda": ((4096, 11008, 4), (3072, 768, 8)),
-            "cpu": ((768, 768, 4),),
-            "tiny": ((48, 40, 3),),
-        },
-        dtypes=_DTYPES,
-        densities=_DENSITIES,
-        build=build,
-    )
-
-
-BENCHES = (
-    _bench("combine", combine_case, "adapters on one weight by four rules against dense deltas"),
-    _bench("compose_diffs", compose_diffs_case, "a weight plus diffs (new weight) against COO"),
+BENCH = OpBench(
+    name=_OP,
+    summary="adapters on one weight by four rules (TIES and others) against dense task vectors",
+    dims=_DIMS,
+    shapes={
+        "cuda": ((4096, 11008, 4), (3072, 768, 8)),
+        "cpu": ((768, 768, 4),),
+        "tiny": ((48, 40, 3),),
+    },
+    dtypes=_DTYPES,
+    densities=_DENSITIES,
+    build=_build,
 )

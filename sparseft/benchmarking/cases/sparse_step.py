@@ -30,7 +30,7 @@ from sparseft.benchmarking.checks import Check, as_accurate, worst
 from sparseft.benchmarking.competitors import compiled
 from sparseft.benchmarking.limits import memory_free, require_memory
 from sparseft.benchmarking.rotation import Timing
-from sparseft.benchmarking.suite import Case, Contender, Prepared, Target, faster
+from sparseft.benchmarking.suite import Case, Contender, Prepared, Target, attempt, faster
 from sparseft.ops import resolve_backend
 
 __all__ = ["BENCHES", "COPY", "dense_name", "sparse_step_case"]
@@ -83,7 +83,7 @@ def sparse_step_case(
             contenders |= _masked_sides(side, density)
             if density == middle:
                 name = f"compiled: {rule.label} over the leaves, {percent(middle)}"
-                contenders[name] = _compiled_side(side, density)
+                contenders[name] = attempt(partial(_compiled_side, side, density))
                 drawn = draw_weights(shapes * count, kind, generator)
                 dense = Dense(drawn, side.patterns, rule)
         contenders = _dense_sides(dense) | contenders | {COPY: _copy(device)}
