@@ -32,7 +32,6 @@ from page_tables import memory_table
 from pictures import drawn, memory_picture, stacked
 
 from sparseft.benchmarking import results_folder, run_suite, suite_markdown, suite_source
-from sparseft.benchmarking.cases import OPS, suite_cases
 from sparseft.benchmarking.ceilings import Ceilings, measure_ceilings
 from sparseft.benchmarking.competitors import COMPILE
 from sparseft.benchmarking.planning import plan_cases
@@ -171,6 +170,8 @@ def main(arguments: Sequence[str], *, results: Path = HERE / "results") -> int:
 
 def every_case(*, tiny: bool) -> list[Case]:
     """Return the suite's cases in order of importance, then the operations' that it has not."""
+    from sparseft.benchmarking.cases import OPS, suite_cases  # every case file is loaded
+
     planned = [plan.case for plan in plan_cases(list(OPS.values()), "tiny" if tiny else "cuda")]
     # Of two that are the same, the one that says which operation it is of.
     named = {case.name: case for case in planned}

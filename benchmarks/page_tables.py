@@ -29,10 +29,11 @@ def table(files: Files, file: str, only: str = "*", clock: str = "") -> str:
         "ratio": "/ first of the case (quartiles)",
         "GB/s": "GB/s (of a copy)",
         "TFLOP/s": "TFLOP/s (of a GEMM)",
+        "peak": "peak memory",
     }
-    for speed in ("GB/s", "TFLOP/s"):
-        if not any(row[speed] for row in rows):
-            del columns[speed]
+    for column in ("GB/s", "TFLOP/s", "peak"):
+        if not any(row[column] for row in rows):
+            del columns[column]
     return markdown_table(rows, columns).rstrip()
 
 
@@ -55,13 +56,17 @@ def _rows(case: Mapping[str, Any], clock: str) -> list[dict[str, str]]:
                 "ratio": _spread(timed["ratio"], "{:.3f}".format) if "ratio" in timed else "",
                 "GB/s": _share(speed, "GB/s", "% of copy"),
                 "TFLOP/s": _share(speed, "TFLOP/s", "% of GEMM"),
+                "peak": f"{number(row['facts']['peak MB'])} MB"
+                if "peak MB" in row["facts"]
+                else "",
             }
         )
     return rows
 
 
 def _blank(case: str, name: str, reason: str) -> dict[str, str]:
-    return {"case": case, "name": name, "time": reason, "ratio": "", "GB/s": "", "TFLOP/s": ""}
+    empty = dict.fromkeys(("ratio", "GB/s", "TFLOP/s", "peak"), "")
+    return {"case": case, "name": name, "time": reason, **empty}
 
 
 def _short(reason: str) -> str:

@@ -8,7 +8,8 @@
     python benchmarks/run.py compose --model small   # the same on a small encoder, a minute
     python benchmarks/run.py denoise                 # truncated SVDs of an encoder, 4 minutes
     python benchmarks/run.py select                  # the largest of 278 M differences, 3 minutes
-    python benchmarks/run.py step                    # attached against a gradient mask, 15 minutes
+    python benchmarks/run.py step                    # training steps, every way to train
+    python benchmarks/run.py mask                    # attached against a gradient mask, 15 minutes
 
 Results go to results/ from a clean checkout and with all checks passed, else to results/scratch/;
 python benchmarks/page.py then makes the page. Run it as a file, not with -m. The sides run in
@@ -56,10 +57,14 @@ def select(arguments: list[str]) -> int:
 
 
 def step(arguments: list[str]) -> int:
+    return run_tables.step(arguments, results=HERE / "results")
+
+
+def mask(arguments: list[str]) -> int:
     return run_mask.main(arguments, results=HERE / "results")
 
 
-COMMANDS = ("suite", "ops", "profile", "step", "compose", "denoise", "select")
+COMMANDS = ("suite", "ops", "profile", "step", "mask", "compose", "denoise", "select")
 
 
 def main(arguments: list[str]) -> int:

@@ -1,4 +1,4 @@
-"""`run.py step`: a step attached against dense fine-tuning under a gradient mask, in one table."""
+"""`run.py mask`: a step attached against dense fine-tuning under a gradient mask, in one table."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ COLUMNS = {
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="run.py step", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="run.py mask", description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="encoder to load; left out: random weights, 12 x 384")
     parser.add_argument("--task", nargs="+", default=["classification", "mlm"])
     parser.add_argument("--batch", nargs="+", type=int, default=[16, 4, 1])

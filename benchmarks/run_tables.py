@@ -1,4 +1,4 @@
-"""`run.py compose`, `denoise` and `select`: cases of the package, all contenders in one table."""
+"""`run.py step`, `compose`, `denoise` and `select`: cases of the package, in one table each."""
 
 from __future__ import annotations
 
@@ -19,9 +19,57 @@ from sparseft.benchmarking import (
 )
 from sparseft.benchmarking.suite import Case
 
-__all__ = ["compose", "denoise", "select"]
+__all__ = ["compose", "denoise", "select", "step"]
 
 _GOOD = ("ok", "skipped")
+
+
+# Layers, width, words: the encoder of the committed CPU figures, and a decoder about as large.
+_STEP_MODELS = {
+    "mlm": "12x384x25000",
+    "classification": "12x384x25000",
+    "causal": "6x512x16000",
+}
+
+
+def parse_step(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="run.py step",
+        description="A training step: ours, dense, gradient mask, LoRA, SHiRA, frozen.",
+    )
+    parser.add_argument("--task", nargs="+", default=list(_STEP_MODELS), choices=_STEP_MODELS)
+    parser.add_argument("--model", metavar="LAYERSxHIDDENxVOCAB", help="left out: the task's own")
+    parser.add_argument("--batch", nargs="+", type=int, default=[16])
+    parser.add_argument("--length", type=int, default=64)
+    parser.add_argument("--density", nargs="+", type=float, default=[0.001, 0.01, 0.1])
+    parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--clock", choices=["wall", "cpu"], help="cpu: processor time, one thread")
+    parser.add_argument("--only", default="*", help="glob over names of cases")
+    parser.add_argument("--rounds", type=int, default=11, help="timed rounds of a case, at most")
+    parser.add_argument("--case-seconds", type=float, default=300.0, help="rounds end after that")
+    parser.add_argument("--out", type=Path, help="folder of the results; left out: results/")
+    parser.add_argument("--name", default="step", help="name of the result files")
+    return parser.parse_args(arguments)
+
+
+def step(arguments: list[str], *, results: Path) -> int:
+    from sparseft.benchmarking.cases.training_step import step_case
+    from sparseft.benchmarking.planning import parse_shape
+
+    options = parse_step(arguments)
+    cases = [
+        step_case(
+            task,
+            (*parse_shape(options.model or _STEP_MODELS[task]), batch, options.length),
+            tuple(options.density),
+            options.dtype,
+        )
+        for task in options.task
+        for batch in options.batch
+    ]
+    return one_table(options, cases, results)
 
 
 def parse_compose(arguments: list[str]) -> argparse.Namespace:
@@ -99,6 +147,7 @@ def one_table(options: argparse.Namespace, cases: list[Case], root: Path) -> int
         rounds=options.rounds,
         case_seconds=options.case_seconds,
         progress=progress,
+        clock=getattr(options, "clock", None),
     )
     passed = all(result["status"] in _GOOD for result in found)
     table = suite_table(found, extra)

@@ -93,6 +93,28 @@ def test_operations_are_kept_as_lines_and_tables(runner, tmp_path):
     assert [path.name for path in (tmp_path / "results").iterdir()] == ["scratch"]
 
 
+def test_steps_are_cases_by_task_and_batch(runner, tmp_path, monkeypatch):
+    asked = []
+
+    def step_case(*arguments):
+        asked.append(arguments)
+        return case(f"step_{len(asked)}")
+
+    training_step = importlib.import_module("sparseft.benchmarking.cases.training_step")
+    monkeypatch.setattr(training_step, "step_case", step_case)
+    options = ["--task", "mlm", "causal", "--batch", "4", "8", "--density", "0.1", "--rounds", "2"]
+    assert runner.main(["step", *options, "--out", str(tmp_path)]) == 0
+    assert [a[:2] for a in asked] == [
+        ("mlm", (12, 384, 25_000, 4, 64)),
+        ("mlm", (12, 384, 25_000, 8, 64)),
+        ("causal", (6, 512, 16_000, 4, 64)),
+        ("causal", (6, 512, 16_000, 8, 64)),
+    ]
+    assert {a[2:] for a in asked} == {((0.1,), "fp32")}
+    document = json.loads((tmp_path / "step.json").read_text())
+    assert [found["name"] for found in document["cases"]] == [f"step_{n}" for n in range(1, 5)]
+
+
 def test_profiles_of_models_are_one_result(runner, tmp_path, monkeypatch):
     profiles = importlib.import_module("sparseft.profiling.profiles")
     here = profiles.measure_here
@@ -200,11 +222,13 @@ def test_a_part_of_the_cases_alone(suite):
 
 
 def test_the_suite_has_every_operation_once(runner):
+    from sparseft.benchmarking.cases import OPS
+
     for tiny in (True, False):
         names = [found.name for found in runner.gpu_suite.every_case(tiny=tiny)]
         assert len(set(names)) == len(names)
         ops = {found.op for found in runner.gpu_suite.every_case(tiny=tiny)}
-        assert set(runner.gpu_suite.OPS) <= ops
+        assert set(OPS) <= ops
 
 
 @pytest.mark.slow
