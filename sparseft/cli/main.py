@@ -37,6 +37,7 @@ _ORDER = (
     "inspect",
     "overlap",
     "bench",
+    "profile",
 )
 # These keep their state on disk: the same command again goes on where it stopped.
 _RESUMABLE = {"demo", "sweep", "train"}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 __all__ = ["GRID", "Fit", "largest_densities"]
@@ -32,31 +32,39 @@ class Fit:
 
 
 def largest_densities(
-    peak_at: Callable[[float], int], limits: Sequence[tuple[int, str]]
+    peak_at: Callable[[float], int],
+    limits: Sequence[tuple[int, str]],
+    known: Mapping[float, int] | None = None,
 ) -> list[Fit]:
     """Return for each limit the largest density on `GRID` whose peak is no higher.
 
     Args:
         peak_at: (density) -> bytes; does not fall with the density.
         limits: bytes, and how to call them.
+        known: peaks by density that need not be asked for again.
 
     Example:
         >>> [fit] = largest_densities(lambda density: round(1000 + 900 * density), [(1050, "1 kB")])
         >>> fit.density, fit.peak
         (0.055, 1050)
     """
-    known: dict[int, int] = {}
+    places = {density: place for place, density in enumerate(GRID)}
+    peaks = {places[d]: peak for d, peak in (known or {}).items() if d in places}
 
     def peak(place: int) -> int:
-        if place not in known:
-            known[place] = peak_at(GRID[place])
-        return known[place]
+        if place not in peaks:
+            peaks[place] = peak_at(GRID[place])
+        return peaks[place]
 
-    return [Fit(limit, text, *_largest(peak, limit)) for limit, text in limits]
+    return [Fit(limit, text, *_largest(peak, peaks, limit)) for limit, text in limits]
 
 
-def _largest(peak: Callable[[int], int], limit: int) -> tuple[float | None, int]:
-    low, high = 0, len(GRID) - 1
+def _largest(
+    peak: Callable[[int], int], peaks: Mapping[int, int], limit: int
+) -> tuple[float | None, int]:
+    # What is known already narrows the search, and may spare asking for the ends.
+    low = max((p for p, size in peaks.items() if size <= limit), default=0)
+    high = min((p for p, size in peaks.items() if size > limit), default=len(GRID) - 1)
     if peak(high) <= limit:
         return GRID[high], peak(high)
     if peak(low) > limit:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from sparseft.benchmarking.rotation import spread
 from sparseft.errors import OptionError
@@ -106,6 +107,7 @@ def measure_here(
     where = torch.device(device)
     # The CPU ops' reused tile belongs to what attached masks keep, whoever made it before.
     vars(_sampled_cpu._scratch).clear()
+    gc.collect()
     before = _alive(where)
     floor = torch.cuda.memory_allocated(where) if where.type == "cuda" else 0
     built = build(workload, way, where)
@@ -133,12 +135,10 @@ def _check(workload: Workload, steps: int) -> None:
 
 def _alive(device: torch.device) -> dict[int, int]:
     """Return the bytes of every storage on a device that some tensor holds, by its address."""
-    found: dict[int, int] = {}
-    for each in gc.get_objects():
-        # Not isinstance: it would ask lazy modules for their class, and so import them.
-        if issubclass(type(each), Tensor) and each.device.type == device.type:
-            found |= _storages((each,))
-    return found
+    # Not isinstance: it would ask lazy modules for their class, and so import them.
+    kinds = ((each, type(each)) for each in gc.get_objects())
+    tensors = (t for t, kind in kinds if issubclass(kind, Tensor) and kind is not FakeTensor)
+    return _storages(t for t in tensors if t.device.type == device.type)
 
 
 def _storages(tensors: Iterable[Any]) -> dict[int, int]:
@@ -155,12 +155,12 @@ def _state(optimizer: torch.optim.Optimizer | None) -> Iterator[Any]:
 
 def _peak(built: Built, device: torch.device, before: Mapping[int, int], floor: int) -> MemoryUse:
     """Return the bytes of the heavier of two steps, by part."""
+    gc.collect()
+    stands = _standing(built, device, before)
     uses: list[MemoryUse] = []
     for _ in range(_TRIES):
         for p in built.model.parameters():
             p.grad = None
-        gc.collect()
-        stands = _standing(built, device, before)
         above = sum(stands.values())
         if device.type == "cuda":  # what the allocator says: rounding, and the libraries' buffers
             above = torch.cuda.memory_allocated(device) - floor
@@ -188,8 +188,9 @@ def _standing(built: Built, device: torch.device, before: Mapping[int, int]) -> 
     added = here(_added(built))
     model = here([*built.model.parameters(), *built.model.buffers()])
     kinds = {"optimizer": here(_state(built.optimizer)), "inputs": here(built.inputs.values())}
+    gradients = here(p.grad for p in built.model.parameters())
     weights = {key: size for key, size in model.items() if key not in added}
-    known = weights.keys() | kinds["optimizer"].keys() | kinds["inputs"].keys()
+    known = {*weights, *gradients, *kinds["optimizer"], *kinds["inputs"]}
     # Whatever else is there now and was not before: indices, bases, plans, masks, row tables.
     fresh = {k: n for k, n in _alive(device).items() if k not in before}
     diff = {key: size for key, size in (fresh | added).items() if key not in known}
