@@ -1,0 +1,209 @@
+"""Peak memory of a training step, predicted without running it and without its memory.
+
+The real code runs, model, `attach`, forward, backward and optimizer, on fake tensors, which have
+shapes and no bytes; `tracker` follows their storages. So what the prediction says of layers,
+autograd and optimizers is what torch and transformers do, in the versions at hand. Only what
+operations allocate within themselves is reckoned, by `workspace`.
+
+Assumed on ``"cuda"`` (which needs no GPU; fake CPU tensors stand for CUDA ones):
+blocks are rounded to 512 bytes, as torch's caching allocator does; attention runs fused
+(``scaled_dot_product_attention``'s flash or memory-efficient form, dropout inside the kernel); our
+ops run as Triton kernels with the plans of an H200; cuBLAS holds its workspace. Allocated bytes are
+meant: what the allocator reserves, the CUDA context and kernels' code come on top.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from sparseft.errors import OptionError
+from sparseft.profiling.memory import MemoryUse, split
+from sparseft.profiling.quantised import build_quantised
+from sparseft.profiling.sharding import Shards, shard
+from sparseft.profiling.sides import Built, build
+from sparseft.profiling.tracker import MemoryTracker, Moment
+from sparseft.profiling.workload import Way, Workload
+from sparseft.profiling.workspace import Workspace
+
+__all__ = ["Prediction", "predict"]
+
+# torch's caching allocator hands out multiples of this (c10/core/CachingDeviceAllocator.h,
+# kMinBlockSize).
+_CUDA_BLOCK = 512
+# In the names of what PEFT and quantised layers' masks add.
+_ADAPTERS = (".lora_", ".shira_", ".modules_to_save.", ".diff_")
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a step is going to take on one rank.
+
+    Attributes:
+        use: bytes at its peak, by part.
+        trainable: numbers that train.
+        seconds: None: times are measured, not predicted.
+        reduced: bytes that ranks sum up each step: the gradients.
+        at: the operation during which the peak occurs.
+        assumed: what the figures rest on besides the code that ran.
+    """
+
+    use: MemoryUse
+    trainable: int
+    seconds: float | None = None
+    reduced: int = 0
+    at: str = ""
+    assumed: tuple[str, ...] = ()
+
+
+def predict(workload: Workload, way: Way, device: str = "cpu", world_size: int = 1) -> Prediction:
+    """Return the peak memory of a steady training step, by part.
+
+    Args:
+        workload: the step; its model may be any transformers config, and larger than this machine.
+        way: how it trains.
+        device: ``"cpu"`` or ``"cuda"``; neither has to be there.
+        world_size: ranks that share the frozen base, see `sharding`.
+
+    Raises:
+        OptionError: another device, no rank; task, length or dtype that do not fit the model.
+        DataError: the model is not found.
+        Unavailable: fake tensors cannot run this way.
+
+    Example:
+        >>> workload = Workload(model="tiny-encoder", batch=2, length=16)
+        >>> found = predict(workload, Way("attached", 0.01))
+        >>> found.use.optimizer < found.use.weights / 20
+        True
+    """
+    kind = torch.device(device).type
+    if kind not in ("cpu", "cuda"):
+        raise OptionError(f"{device=}; memory is predicted for 'cpu' or 'cuda'.")
+    if not isinstance(world_size, int) or isinstance(world_size, bool) or world_size < 1:
+        raise OptionError(f"{world_size=}; wanted at least one rank.")
+    return _predict(workload, way, kind, world_size)
+
+
+@functools.lru_cache(maxsize=64)
+def _predict(workload: Workload, way: Way, device: str, world_size: int) -> Prediction:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    workspace = Workspace(device)
+    block = _CUDA_BLOCK if device == "cuda" else 1
+    with (
+        FakeTensorMode(allow_non_fake_inputs=True),
+        _as_on(device),
+        MemoryTracker(block=block, workspace=workspace) as tracker,
+    ):
+        make = build_quantised if workload.base else build
+        built = make(workload, way, "cpu")
+        if device == "cuda":
+            _choose_multi_tensor(built.optimizer)
+        moment, held = _steady_step(built, tracker)
+        shards = Shards.of(built, world_size)
+        reduced = sum(
+            p.numel() * p.element_size() for p in built.model.parameters() if p.requires_grad
+        )
+    use = _parts(moment, held, workspace)
+    notes = [*workspace.assumed, *shards.assumed]
+    return Prediction(
+        use=shard(use, shards),
+        trainable=built.trainable,
+        reduced=reduced if world_size > 1 else 0,
+        at=moment.operation,
+        assumed=tuple(notes),
+    )
+
+
+def _parts(moment: Moment, held: Moment, workspace: Workspace) -> MemoryUse:
+    """Return a moment's bytes by part; what operations keep is in neither moment."""
+    kept, standing = workspace.kept, workspace.standing
+    before = sum(held.kinds.get(kind, 0) for kind in ("weights", "diff", "optimizer", "gradients"))
+    return split(
+        moment.total + kept + standing,
+        weights=moment.kinds.get("weights", 0),
+        diff=moment.kinds.get("diff", 0) + kept,
+        gradients=moment.kinds.get("gradients", 0),
+        optimizer=moment.kinds.get("optimizer", 0),
+        held_for_backward=held.total - before + standing,
+    )
+
+
+def _steady_step(built: Built, tracker: MemoryTracker) -> tuple[Moment, Moment]:
+    """Return the highest moment of the second step, and the end of its forward pass."""
+    ends: list[Moment] = []
+
+    def forward_ended(*_: Any) -> None:
+        ends.append(Moment(tracker.level, kinds=dict(tracker.kinds)))
+
+    hook = built.model.register_forward_hook(forward_ended)
+    try:
+        with tracker.gradients_of(built.model.parameters()):
+            built.step()
+            _name_parts(built, tracker)
+            for parameter in built.model.parameters():
+                parameter.grad = None
+            tracker.restart()
+            built.step()
+            return tracker.peak, ends[-1]
+    finally:
+        hook.remove()
+
+
+def _name_parts(built: Built, tracker: MemoryTracker) -> None:
+    """Say of everything that is there between two steps which part it is."""
+    leaves = [] if built.attachment is None else list(built.attachment.leaves.values())
+    added = {id(leaf) for leaf in leaves}
+    parameters = dict(built.model.named_parameters())
+    added |= {id(p) for name, p in parameters.items() if any(a in name for a in _ADAPTERS)}
+    gradients = [p.grad for p in parameters.values() if p.grad is not None]
+    tracker.adopt_rest("diff", besides=gradients)
+    everything = [*parameters.values(), *built.model.buffers()]
+    tracker.adopt((t for t in everything if id(t) not in added), "weights")
+    tracker.adopt(_state_of(built.optimizer), "optimizer")
+    tracker.adopt(built.inputs.values(), "inputs")
+
+
+def _state_of(optimizer: torch.optim.Optimizer | None) -> Iterator[Tensor]:
+    if optimizer is not None:
+        for state in optimizer.state.values():
+            yield from (t for t in state.values() if isinstance(t, Tensor))
+
+
+@contextlib.contextmanager
+def _as_on(device: str) -> Iterator[None]:
+    """Make torch choose on fake CPU tensors what it would choose on the device."""
+    if device == "cpu":
+        yield
+        return
+    attention = torch.nn.functional.scaled_dot_product_attention
+
+    @functools.wraps(attention)
+    def fused(query, key, value, attn_mask=None, dropout_p=0.0, **rest):
+        # Dropout happens within CUDA's kernels; a CPU's fused one has none and would be left.
+        return attention(query, key, value, attn_mask=attn_mask, dropout_p=0.0, **rest)
+
+    def dropout(input, p=0.5, training=True, inplace=False):
+        # CUDA keeps a bool mask; a CPU keeps one of the input's dtype.
+        return torch.native_dropout(input, p, True)[0] if training and p > 0 else input
+
+    functional = torch.nn.functional
+    with (
+        mock.patch.object(functional, "scaled_dot_product_attention", fused),
+        mock.patch.object(functional, "dropout", dropout),
+    ):
+        yield
+
+
+def _choose_multi_tensor(optimizer: torch.optim.Optimizer | None) -> None:
+    """Let an optimizer of torch's that was left to choose take what it takes on CUDA: foreach."""
+    for group in [] if optimizer is None else optimizer.param_groups:
+        if group.get("foreach", False) is None and not group.get("fused"):
+            group["foreach"] = True
