@@ -104,3 +104,14 @@ def test_options_of_the_step(variant, name, way):
 def test_a_classifier(name, way):
     work = Workload(**{**vars(LARGER[name]), "task": "classification"})
     check(predict(work, way).use, measure(work, way, steps=2).use)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("way", [Way("attached", 0.05), Way("dense")], ids=lambda w: w.kind)
+@pytest.mark.parametrize("name", LARGER)
+def test_on_the_gpu(name, way):
+    """In a process of its own, where cuBLAS has no workspace yet; the peak only."""
+    work = Workload(**{**vars(LARGER[name]), "batch": 32, "dtype": "bf16"})
+    measured = measure(work, way, "cuda", steps=2)
+    assert measured.how == "CUDA caching allocator"
+    assert predict(work, way, "cuda").use.peak == pytest.approx(measured.use.peak, rel=0.1)
