@@ -71,15 +71,7 @@ def test_written_results_carry_provenance(tmp_path):
 
 @pytest.fixture
 def tiny(monkeypatch):
-    small = {
-        "vocab_size": 90,
-        "hidden_size": 16,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "intermediate_size": 40,
-        "max_position_embeddings": 40,
-    }
-    monkeypatch.setattr(training_step, "_SHAPE", {**training_step._SHAPE, **small})
+    monkeypatch.setattr(training_step, "MODEL", "encoder:2x16x90")
 
 
 @pytest.mark.parametrize("task", ["classification", "mlm"])
@@ -95,12 +87,13 @@ def test_a_step_case_checks_then_measures(tiny, task, optimizer):
 
 def test_a_side_that_trains_something_else_is_caught(tiny, monkeypatch):
     """The gate must be able to fail: here the competitor forgets its masks."""
-    build = training_step._Dense.__init__
+    real = training_step.build
 
-    def forgetful(self, model, masks, fused):
-        build(self, model, masks, fused)
-        self.trained = [(p, None if m is None else torch.ones_like(m)) for p, m in self.trained]
+    def forgetful(workload, way, device):
+        side = real(workload, way, device)
+        side.masks = {name: torch.ones_like(mask) for name, mask in side.masks.items()}
+        return side
 
-    monkeypatch.setattr(training_step._Dense, "__init__", forgetful)
+    monkeypatch.setattr(training_step, "build", forgetful)
     result = measure_step(StepCase(batch=2, length=8, density=0.1), rounds=2, warmup=0)
     assert not result["passed"]

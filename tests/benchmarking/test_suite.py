@@ -11,7 +11,7 @@ import torch
 
 from sparseft.benchmarking import rotation, suite_cases, suite_markdown, suite_source
 from sparseft.benchmarking import suite as suite_module
-from sparseft.benchmarking.cases import entries, model_step, sampled_grad, step_sides, topk
+from sparseft.benchmarking.cases import entries, sampled_grad, step_sides, topk, training_gates
 from sparseft.benchmarking.checks import Check, as_accurate, equal_bits, rel_rms, worst
 from sparseft.benchmarking.competitors import COMPILE
 from sparseft.benchmarking.masks import packed_pattern, random_pattern, sectors_touched
@@ -20,7 +20,6 @@ from sparseft.benchmarking.suite import (
     Case,
     Contender,
     Prepared,
-    Target,
     at_most,
     attempt,
     faster,
@@ -158,8 +157,8 @@ def test_names_are_unique_and_the_targets_come_first():
         "sampled_grad/4096x4096x4096/bf16",
         "sampled_grad/11008x4096x4096/bf16",
         "sparse_step/32x4096x11008/fp32",
-        "model_step/32x128",
-        "model_step/128x128",
+        "step_classification/12x768x250002x32x128/bf16",
+        "step_classification/12x768x250002x128x128/bf16",
     ]
 
 
@@ -192,32 +191,6 @@ def test_every_case_runs_on_the_gpu(name):
     assert result["status"] == "ok", result
     backends = {r["facts"]["backend"] for r in result["contenders"] if "backend" in r["facts"]}
     assert backends == {"triton"}
-
-
-def test_the_lora_side_needs_peft(monkeypatch):
-    find = importlib.util.find_spec
-    monkeypatch.setattr(
-        model_step.importlib.util, "find_spec", lambda n: None if n == "peft" else find(n)
-    )
-    result = run_one("model_step/*")
-    rows = rows_of(result)
-    assert result["status"] == "ok"
-    assert rows[model_step.LORA]["status"] == "skipped"
-    assert "sparseft[bench]" in rows[model_step.LORA]["reason"]
-    assert "clocks" not in rows[model_step.LORA]
-    assert result["baseline"] == model_step.DENSE  # there is no LoRA to divide by
-    assert rows[model_step.ATTACHED]["clocks"]["wall"]["ratio"]["median"] > 0
-    assert "peft is not installed" in suite_markdown([result], suite_source(CPU))
-
-
-def test_lora_sits_on_the_masked_modules():
-    pytest.importorskip("peft", reason="PEFT is not installed")
-    rows = rows_of(run_one("model_step/*"))
-    # A and B of 16 rows each: 4 square layers and two of 128 x 256, twice; then the head.
-    head = 128 * 128 + 128 + 3 * 128 + 3
-    wanted = 2 * (4 * 16 * 256 + 2 * 16 * 384) + head
-    assert rows[model_step.LORA]["facts"]["trained"] == wanted
-    assert rows[model_step.LORA]["checks"][0]["got"] == 0
 
 
 # A wrong result has no speed.
@@ -290,17 +263,16 @@ def spoil_entries(monkeypatch):
 
 
 def spoil_model(monkeypatch):
-    real = model_step._gradients_at
+    real = training_gates._gradients
 
     def other(*args):
         found = real(*args)
-        for gradients in found.values():
-            name = next(iter(gradients))
-            gradients[name] = gradients[name].roll(1)
+        name = next(iter(found))
+        found[name] = found[name].roll(1)
         return found
 
-    monkeypatch.setattr(model_step, "_gradients_at", other)
-    return "model_step/*", model_step.ATTACHED
+    monkeypatch.setattr(training_gates, "_gradients", other)
+    return "step_classification/*", "ours, 1%"
 
 
 @pytest.mark.parametrize(
@@ -385,19 +357,6 @@ def test_targets_are_judged_on_ratios_of_rounds():
     assert faster(2.1, "ours", "theirs").judge(timing, {})["met"] is False
     missing = faster(2.0, "ours", "nobody").judge(timing, {})
     assert missing["measured"] is missing["met"] is None
-
-
-def test_the_memory_target_is_per_trained_entry():
-    target: Target = model_step._memory_target()
-    sides = {
-        model_step.ATTACHED: Contender(list, facts={"peak MB": 110.0, "nnz": 1_000_000}),
-        model_step.LORA: Contender(list, facts={"peak MB": 100.0}),
-    }
-    judged = target.judge(Timing("wall"), sides)
-    assert judged["measured"] == pytest.approx(10.0)
-    assert judged["met"] is True
-    sides[model_step.LORA].facts.clear()
-    assert target.judge(Timing("wall"), sides)["met"] is None
 
 
 def test_targets_are_shown_with_what_was_measured():

@@ -106,19 +106,19 @@ def suite_cases(*, tiny: bool = False) -> list[Case]:
     from sparseft.benchmarking.cases.compose import grid_case, language_case, switch_case
     from sparseft.benchmarking.cases.denoise import denoise_case
     from sparseft.benchmarking.cases.entries import entries_case
-    from sparseft.benchmarking.cases.model_step import BASE, TINY, model_step_case
     from sparseft.benchmarking.cases.residual import difference_case, prune_case
     from sparseft.benchmarking.cases.sampled_grad import sampled_grad_case
     from sparseft.benchmarking.cases.sketch import sketch_case
     from sparseft.benchmarking.cases.sparse_step import sparse_step_case
     from sparseft.benchmarking.cases.spmm import spmm_case
     from sparseft.benchmarking.cases.topk import topk_case
+    from sparseft.benchmarking.cases.training_step import suite_step
 
     if tiny:
         return [
             sampled_grad_case((256, 192), 64),
             sparse_step_case("sparse_step", (2, 32, 48), "fp32"),
-            model_step_case(2, 8, shape=TINY),
+            suite_step(1, 4, tiny=True),
             sparse_step_case("sparse_step", (2, 32, 48), "bf16"),
             topk_case((1, 32, 64), (0.01,), "bf16"),
             spmm_case((64, 48), 6, 4, 2),
@@ -138,8 +138,8 @@ def suite_cases(*, tiny: bool = False) -> list[Case]:
         sampled_grad_case((4096, 4096), 4096),
         sampled_grad_case((11008, 4096), 4096),
         sparse_step_case("sparse_step", (32, 4096, 11008), "fp32"),
-        model_step_case(32, 128, shape=BASE),
-        model_step_case(128, 128, shape=BASE),
+        suite_step(32, 128),
+        suite_step(128, 128),
         language_case("xlmr_base", "bf16"),
         switch_case(2, "xlmr_base", "bf16"),
         switch_case(8, "xlmr_base", "bf16"),
