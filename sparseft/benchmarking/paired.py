@@ -6,13 +6,14 @@ and the ratio of one round's two times is worth more than the ratio of two separ
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+
+from sparseft.benchmarking.rotation import spread
 
 __all__ = ["Comparison", "alternate"]
 
@@ -34,10 +35,6 @@ class Comparison:
 
     def summary(self) -> dict[str, Any]:
         """Return medians and quartiles of both times and of their ratio, and all samples."""
-
-        def spread(samples: tuple[float, ...]) -> dict[str, float]:
-            low, middle, high = statistics.quantiles(samples, n=4, method="inclusive")
-            return {"median": middle, "quartile1": low, "quartile3": high, "min": min(samples)}
 
         return {
             "rounds": len(self.ours),
