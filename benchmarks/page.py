@@ -16,9 +16,12 @@ that is not there.
     gain FILE DENSITY [LANGUAGE]               composed over not composed, x 100
     paired FILE BASELINE SETTING DENSITY FIELD mean (x 100), p_pairs, p_seeds
     table FILE [CASES]                         what was measured, whole; CASES: glob over names
+    best FILE [CASES]                          ours beside the fastest of the others
+    targets, steps, sweep, profile FILE        other tables
     plot FILE KIND                             picture beside the file: speedup, density, roofline,
                                                scaling, memory
     source FILE                                commit, machine, versions
+    link FILE TEXT                             link to a result file
 
 A word that begins with `%` is a format (`%.2f`), one with `*` a factor (`*1e-9`). headlines.md
 holds what README.md at the root quotes from here, in the same way; a test compares them.
@@ -130,13 +133,14 @@ class Page:
         if len(words) != 1 or words[0] not in page_plots.KINDS:
             raise PageError(f"wanted one kind of {', '.join(page_plots.KINDS)}")
         [kind] = words
-        path = self.files.root / f"{Path(file).stem}_{kind}.png"
+        path = self.files.root / Path(file).with_name(f"{Path(file).stem}_{kind}.png")
+        shown = f"results/{path.relative_to(self.files.root).as_posix()}"
         self.plots.append(path)
         if self.draw:
             page_plots.draw(self.files, file, kind, path)
         elif not path.is_file():
-            raise PageError(f"there is no results/{path.name}; run python benchmarks/page.py")
-        return f"![{page_plots.KINDS[kind]}](results/{path.name})"
+            raise PageError(f"there is no {shown}; run python benchmarks/page.py")
+        return f"![{page_plots.KINDS[kind]}]({shown})"
 
 
 def _shown(found: Any, marks: Sequence[str]) -> str:

@@ -69,7 +69,7 @@ def _cases(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
             case |= {"status": line["status"], "reason": line["reason"]}
             continue
         case |= {"baseline": line["baseline"], "facts": line["case_facts"]}
-        row = {key: line[key] for key in ("status", "reason", "density", "facts")}
+        row = {key: line[key] for key in ("status", "reason", "ours", "density", "facts")}
         row |= {"name": line["contender"], "speed": {k: line[k] for k in _SPEEDS if k in line}}
         if line["clock"] is not None:
             seconds = {key: line[key] for key in ("median", "quartile1", "quartile3", "min")}

@@ -11,8 +11,12 @@ from page_files import Files, PageError
 
 from sparseft._text import human_bytes
 from sparseft.benchmarking.results import markdown_table
+from sparseft.benchmarking.rotation import spread
 
 __all__ = ["TABLES", "memory_table"]
+
+# Contenders that show how fast it could be at most, and do not do the work.
+_FLOORS = ("copy", "frozen")
 
 
 def table(files: Files, file: str, only: str = "*", clock: str = "") -> str:
@@ -83,6 +87,75 @@ def _share(speed: Mapping[str, float], name: str, share: str) -> str:
     if name not in speed:
         return ""
     return number(speed[name]) + (f" ({speed[share]:.0f} %)" if share in speed else "")
+
+
+def best(files: Files, file: str, only: str = "*") -> str:
+    """Each row of ours beside the fastest of the others that do the same: a line an answer."""
+    rows = []
+    for case in files.cases(file):
+        if not fnmatchcase(case["name"], only):
+            continue
+        timed = [row for row in case.get("contenders", ()) if clock_of(row) is not None]
+        if not timed:
+            rows.append(_answer(case["name"], time=_reason(case)))
+        for row in timed:
+            if row.get("ours"):
+                others = [r for r in timed if not r.get("ours") and _comparable(r, row)]
+                rows.append(_answer(case["name"], **_against(row, others)))
+    if not rows:
+        raise PageError(f"nothing of ours fits {only!r}")
+    heads = {
+        "case": "case",
+        "ours": "ours",
+        "time": "time",
+        "theirs": "fastest of the others",
+        "their time": "its time",
+        "ratio": "ours / it (quartiles)",
+        "GB/s": "GB/s (of a copy)",
+        "TFLOP/s": "TFLOP/s (of a GEMM)",
+    }
+    return markdown_table(rows, heads).rstrip()
+
+
+def _answer(case: str, **cells: str) -> dict[str, str]:
+    names = ("ours", "time", "theirs", "their time", "ratio", "GB/s", "TFLOP/s")
+    return {"case": case, **dict.fromkeys(names, ""), **cells}
+
+
+def _reason(case: Mapping[str, Any]) -> str:
+    return f"{case['status']}: {_short(case.get('reason', 'nothing was timed'))}"
+
+
+def _comparable(other: Mapping[str, Any], row: Mapping[str, Any]) -> bool:
+    if other["name"].startswith(_FLOORS):
+        return False
+    return other["density"] is None or other["density"] == row["density"]
+
+
+def _against(row: dict[str, Any], others: Sequence[dict[str, Any]]) -> dict[str, str]:
+    clock, speed = clock_of(row) or {}, row.get("speed", {})
+    cells = {
+        "ours": row["name"],
+        "time": duration(clock["seconds"]["median"]),
+        "GB/s": _share(speed, "GB/s", "% of copy"),
+        "TFLOP/s": _share(speed, "TFLOP/s", "% of GEMM"),
+    }
+    if not others:
+        return cells
+    fastest = min(others, key=lambda r: (clock_of(r) or {})["seconds"]["median"])
+    theirs = clock_of(fastest) or {}
+    pairs = zip(clock["samples"], theirs["samples"], strict=True)
+    ratios = spread([mine / other for mine, other in pairs])
+    return cells | {
+        "theirs": fastest["name"],
+        "their time": duration(theirs["seconds"]["median"]),
+        "ratio": _spread(ratios, "{:.3f}".format),
+    }
+
+
+def link(files: Files, file: str, text: str) -> str:
+    """A link to a file that need not be there."""
+    return f"[{text}](results/{file})"
 
 
 def targets(files: Files, file: str) -> str:
@@ -157,11 +230,12 @@ def sweep(files: Files, file: str, *labels: str) -> str:
 def profiles(files: Files, file: str) -> str:
     """Every model's memory and time, a heading each; `run.py profile` wrote the file."""
     parts = []
-    for found in files.document(file)["profiles"]:
+    document = files.document(file)
+    for found in document.get("profiles") or document.get("memory") or ():
         work = found["workload"]
         what = f"{work['model']}, {work['dtype']}, {work['batch']} x {work['length']} tokens"
-        parts.append(f"**{what}, {work['optimizer']}, {found['device']}**")
-        parts.append(memory_table(found))
+        parts.append(f"**{what}, {work['optimizer']}**")
+        parts.append(found.get("reason") or memory_table(found))
     return "\n\n".join(parts)
 
 
@@ -229,6 +303,8 @@ def _named(versions: Mapping[str, str]) -> Sequence[str]:
 
 
 TABLES: dict[str, Callable[..., str]] = {
+    "best": best,
+    "link": link,
     "profile": profiles,
     "source": source,
     "steps": steps,

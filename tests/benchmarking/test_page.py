@@ -159,6 +159,32 @@ def test_tables_have_every_row_and_say_why_one_has_no_time(page: ModuleType, res
     assert " %) |" in from_cases
 
 
+def test_ours_is_held_against_the_fastest_of_the_others(page: ModuleType, results: Path):
+    def row(name, seconds, **more):
+        clock = {"median": seconds, "quartile1": seconds, "quartile3": seconds, "min": seconds}
+        samples = [seconds, seconds * 1.5, seconds]
+        more = {"status": "ok", "density": None, "ours": False, "facts": {}} | more
+        return {"name": name, "clocks": {"wall": {"seconds": clock, "samples": samples}}} | more
+
+    rows = [
+        row("slow", 8.0),
+        row("fast, 1%", 4.0, density=0.01),
+        row("faster, 10%", 1.0, density=0.1),
+        row("copy of the same bytes", 0.5),
+        row("ours, 1%", 2.0, density=0.01, ours=True, speed={"GB/s": 3.0, "% of copy": 12.0}),
+        row("ours, 10%", 3.0, density=0.1, ours=True),
+    ]
+    cases = [{"name": "op", "status": "ok", "baseline": "slow", "facts": {}, "contenders": rows}]
+    cases.append({"name": "late", "status": "not run", "reason": "no time"})
+    (results / "best.json").write_text(json.dumps({"cases": cases}))
+    lines = page.Page(results).fill("{{best best.json}}").splitlines()[2:]
+    assert lines == [
+        "| op | ours, 1% | 2 s | fast, 1% | 4 s | 0.500 (0.500-0.500) | 3 (12 %) |  |",
+        "| op | ours, 10% | 3 s | faster, 10% | 1 s | 3.000 (3.000-3.000) |  |  |",
+        "| late |  | not run: no time |  |  |  |  |  |",
+    ]
+
+
 def test_plots_are_drawn_the_same_again(page: ModuleType, results: Path):
     drawing = page.Page(results, draw=True)
     shown = drawing.fill("{{plot one.jsonl speedup}}")
