@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import json
 import os
+import stat
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -97,7 +98,8 @@ def append_records(path: str | Path, records: Sequence[Mapping[str, Any]]) -> No
     data = dump_lines(records).encode()
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
     try:
-        size = os.fstat(handle).st_size
+        found = os.fstat(handle)
+        size = found.st_size
         if size and os.pread(handle, 1, size - 1) != b"\n":
             raise OptionError(
                 f"{path}: the last line is cut off; remove it, or write to another file."
@@ -107,7 +109,8 @@ def append_records(path: str | Path, records: Sequence[Mapping[str, Any]]) -> No
             if written < len(data):  # a full disk: leave no half line
                 os.ftruncate(handle, os.fstat(handle).st_size - written)
                 raise OSError(28, os.strerror(28), str(path))
-        os.fsync(handle)
+        if stat.S_ISREG(found.st_mode):  # /dev/null and pipes have nothing to sync
+            os.fsync(handle)
     finally:
         os.close(handle)
 

@@ -92,6 +92,10 @@ def test_lines_are_added_to_a_file(adding, tmp_path):
     assert read_records(path) == json.loads(json.dumps([*lines, lines[0]]))
 
 
+def test_what_is_no_file_takes_lines_too():
+    append_records(os.devnull, [{"case": "x"}])
+
+
 def test_a_file_with_a_cut_off_line_gets_no_more(tmp_path):
     path = tmp_path / "all.jsonl"
     path.write_text('{"case": "x"')
