@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sparseft.benchmarking.cases.asked import check_densities, check_shape, percent, torch_dtype
-from sparseft.benchmarking.cases.parts import typical, where_torch_can
+from sparseft.benchmarking.cases.parts import coo_tensor, typical, where_torch_can
 from sparseft.benchmarking.catalogue import OpBench, Shape, case_name
 from sparseft.benchmarking.checks import Check, as_accurate, equal_bits
 from sparseft.benchmarking.competitors import compiled
@@ -239,10 +239,7 @@ class _Entries:
         the undoing is not checked.
         """
         target, at = self.weight.clone(), self.wide
-        places = torch.stack((at // target.shape[1], at % target.shape[1]))
-        sparse = torch.sparse_coo_tensor(
-            places, self.saved, target.shape, is_coalesced=True, check_invariants=False
-        )
+        sparse = coo_tensor(self.pattern, self.saved)
         exact = self.base.double() + self.values.double()
         theirs = (self.base.float() + self.saved.float()).to(target.dtype)
 

@@ -1,8 +1,9 @@
-"""What the cases of single operations have in common: gates of the others, skips in their words."""
+"""What cases of single operations share: torch's sparse tensors, gates, skips in torch's words."""
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,8 +12,9 @@ from torch import Tensor
 
 from sparseft.benchmarking.checks import Check, rel_rms
 from sparseft.benchmarking.suite import Contender
+from sparseft.diff import SparsePattern
 
-__all__ = ["in_its_dtype", "typical", "where_torch_can"]
+__all__ = ["coo_tensor", "csr_tensor", "in_its_dtype", "typical", "where_torch_can"]
 
 
 def typical(densities: Sequence[float]) -> float:
@@ -20,6 +22,28 @@ def typical(densities: Sequence[float]) -> float:
     compile.
     """
     return min(densities, key=lambda d: abs(math.log(d / 0.01)))
+
+
+def csr_tensor(pattern: SparsePattern, values: Tensor) -> Tensor:
+    """Return torch's CSR matrix of (nnz,) values at a mask of two dimensions."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta", UserWarning)
+        return torch.sparse_csr_tensor(
+            pattern.row_offsets(),
+            pattern.col_indices(),
+            values,
+            tuple(pattern.shape),
+            check_invariants=False,
+        )
+
+
+def coo_tensor(pattern: SparsePattern, values: Tensor) -> Tensor:
+    """Return torch's coalesced COO matrix of (nnz,) values at a mask of two dimensions."""
+    at, width = pattern.indices.long(), pattern.shape[1]
+    places = torch.stack((at // width, at % width))
+    return torch.sparse_coo_tensor(
+        places, values, tuple(pattern.shape), is_coalesced=True, check_invariants=False
+    )
 
 
 def in_its_dtype(name: str, got: Tensor, exact: Tensor, *, terms: int = 1) -> Check:

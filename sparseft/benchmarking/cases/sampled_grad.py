@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sparseft.benchmarking.cases.asked import check_densities, check_shape, percent, torch_dtype
-from sparseft.benchmarking.cases.parts import typical, where_torch_can
+from sparseft.benchmarking.cases.parts import csr_tensor, typical, where_torch_can
 from sparseft.benchmarking.catalogue import OpBench, Shape, case_name
 from sparseft.benchmarking.checks import Check, as_accurate, rel_rms
 from sparseft.benchmarking.competitors import compiled
@@ -70,7 +70,8 @@ def sampled_grad_case(
         packed = packed_pattern(shape, 0.01, device=device)
         name = f"ours, {_PACKED}"
         contenders[name] = attempt(partial(sides.ours, name, packed, 0.01))
-        return Prepared(contenders, DENSE, targets=_targets(shape, dtype))
+        facts = {"operations": "those of the dense product, for everyone"}
+        return Prepared(contenders, DENSE, targets=_targets(shape, dtype), facts=facts)
 
     return Case(case_name(_OP, (*shape, tokens), dtype), build)
 
@@ -136,13 +137,7 @@ class _Sides:
         return made
 
     def addmm(self, name: str, pattern: SparsePattern, density: float) -> Contender:
-        sparse = torch.sparse_csr_tensor(
-            pattern.row_offsets(),
-            pattern.col_indices(),
-            self.dy.new_zeros(pattern.nnz),
-            tuple(pattern.shape),
-            check_invariants=False,
-        )
+        sparse = csr_tensor(pattern, self.dy.new_zeros(pattern.nnz))
         at = pattern.indices.long()
 
         def run() -> Tensor:

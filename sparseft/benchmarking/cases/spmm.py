@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparseft.benchmarking.cases.asked import check_densities, check_shape, percent, torch_dtype
-from sparseft.benchmarking.cases.parts import typical, where_torch_can
+from sparseft.benchmarking.cases.parts import csr_tensor, typical, where_torch_can
 from sparseft.benchmarking.catalogue import OpBench, Shape, case_name
 from sparseft.benchmarking.checks import Check, as_accurate
 from sparseft.benchmarking.competitors import compiled
@@ -173,17 +173,10 @@ class _Sides:
 
     def csr(self) -> Contender:
         """torch.sparse takes fp32 on every device; its product is added before the one rounding."""
-        parts = []
-        for diff, rows in zip(self.diffs, self.at, strict=True):
-            pattern = diff.pattern
-            sparse = torch.sparse_csr_tensor(
-                pattern.row_offsets(),
-                pattern.col_indices(),
-                diff.values,
-                diff.shape,
-                check_invariants=False,
-            )
-            parts.append((sparse, rows))
+        parts = [
+            (csr_tensor(diff.pattern, diff.values), rows)
+            for diff, rows in zip(self.diffs, self.at, strict=True)
+        ]
 
         def run() -> Tensor:
             out = F.linear(self.x, self.weight)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparseft.benchmarking.cases.asked import check_densities, check_shape, percent, torch_dtype
-from sparseft.benchmarking.cases.parts import typical, where_torch_can
+from sparseft.benchmarking.cases.parts import coo_tensor, typical, where_torch_can
 from sparseft.benchmarking.cases.sampled_embedding import zipf
 from sparseft.benchmarking.catalogue import OpBench, Shape, case_name
 from sparseft.benchmarking.checks import Check, equal_bits
@@ -145,17 +145,10 @@ class _Sides:
         )
 
     def coo(self) -> Contender:
-        parts = []
-        for diff, rows in zip(self.diffs, self.at, strict=True):
-            at, width = diff.indices.long(), diff.shape[1]
-            sparse = torch.sparse_coo_tensor(
-                torch.stack((at // width, at % width)),
-                diff.values,
-                diff.shape,
-                is_coalesced=True,
-                check_invariants=False,
-            )
-            parts.append((sparse, rows))
+        parts = [
+            (coo_tensor(diff.pattern, diff.values), rows)
+            for diff, rows in zip(self.diffs, self.at, strict=True)
+        ]
 
         def run() -> Tensor:
             out = F.embedding(self.ids, self.table)
