@@ -7,7 +7,9 @@ of gradient-mask fine-tuning after three steps. Adapters: they start from the ba
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import gc
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -20,13 +22,12 @@ from sparseft.profiling.allocations import Allocations
 from sparseft.profiling.sides import Built, build
 from sparseft.profiling.workload import Unavailable, Way, Workload
 
-__all__ = ["TOLERANCE", "Gates", "contender_of", "largest_difference"]
+__all__ = ["TOLERANCE", "Gates", "contender_of", "largest_difference", "short_collections"]
 
 # Largest difference of any weight from gradient-mask fine-tuning's: three steps at lr 1e-4, fp32.
 TOLERANCE = 5e-5
 _STEPS = 3
 _TRIES = 3
-_READY = "ready"
 _WIDER = {torch.float32: torch.float64}
 
 Gradients = dict[str, Tensor]
@@ -177,20 +178,44 @@ def _peak(workload: Workload, way: Way, device: torch.device) -> Facts:
     What is alive besides does not count. The first two steps make what later ones keep.
     """
     for _ in range(_TRIES):
+        peak = _recorded(workload, way, device)
+        if peak is not None:
+            return {"peak MB": peak / 1e6}
+    return {"peak": "not measured: the profiler lost events"}
+
+
+@contextlib.contextmanager
+def short_collections() -> Iterator[None]:
+    """Keep what is there by now, libraries above all, out of the many collections inside."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+def _recorded(workload: Workload, way: Way, device: torch.device) -> int | None:
+    collecting = gc.isenabled()
+    gc.collect()  # attached models hold cycles
+    gc.disable()  # what somebody else left would be freed inside the record, and count downwards
+    try:
         with Allocations(device) as record:
             built = build(workload, way, device)
             for _ in range(2):
                 built.step()
             for parameter in built.model.parameters():
                 parameter.grad = None
-            record.mark(_READY)
+            record.mark("ready")
             built.step()
-        storages = (p.untyped_storage() for p in built.model.parameters())
-        weights = sum({s.data_ptr(): s.nbytes() for s in storages}.values())
-        # A profiler that is overrun loses events of the build and says nothing.
-        if record.complete and record.stretches[-1].peak >= weights:
-            return {"peak MB": record.stretches[-1].peak / 1e6}
-    return {"peak": "not measured: the profiler lost events"}
+    finally:
+        if collecting:
+            gc.enable()
+    storages = (p.untyped_storage() for p in built.model.parameters())
+    weights = sum({s.data_ptr(): s.nbytes() for s in storages}.values())
+    peak = record.stretches[-1].peak
+    # A profiler that is overrun loses events of the build and says nothing.
+    return peak if record.complete and peak >= weights else None
 
 
 def _printable(facts: Facts) -> Facts:

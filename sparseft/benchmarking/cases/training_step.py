@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from sparseft.benchmarking.cases.asked import check_densities, check_shape, percent, torch_dtype
-from sparseft.benchmarking.cases.training_gates import Gates, contender_of
+from sparseft.benchmarking.cases.training_gates import Gates, contender_of, short_collections
 from sparseft.benchmarking.catalogue import OpBench, Shape, case_name
 from sparseft.benchmarking.limits import require_memory
 from sparseft.benchmarking.rotation import Timing
@@ -111,10 +111,11 @@ def step_case(
         require_memory(_needed(shape, ways, width), device)
         workload = workload_of(task, shape, dtype, device)
         gates = Gates.of(workload, device)
-        contenders = {
-            name_of(way): attempt(partial(contender_of, workload, way, gates, device))
-            for way in ways
-        }
+        with short_collections():
+            contenders = {
+                name_of(way): attempt(partial(contender_of, workload, way, gates, device))
+                for way in ways
+            }
         names = masked_names(gates.base.model)
         numel = sum(gates.base.model.get_parameter(name).numel() for name in names)
         return Prepared(
