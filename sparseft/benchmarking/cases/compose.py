@@ -60,6 +60,7 @@ OURS = "Composer"
 FIRST = "Composer, first switch"
 COPY = "copy"
 
+_DTYPES = ("bf16", "fp32", "fp16")
 _COPY_BYTES = 1 << 30
 _XLMR = (12, 768, 250_002)
 # The grid's coefficients, one pair after the other.
@@ -122,7 +123,7 @@ def _asked(
     op = f"compose_{kind}"
     check_shape(op, dims, shape)
     check_densities(op, densities)
-    torch_dtype(op, dtype, tuple(DTYPES))
+    torch_dtype(op, dtype, _DTYPES)
     count = shape[len(DIMS.split("x"))] if kind == "switch" else {"language": 3, "grid": 2}[kind]
     model = shape[: len(DIMS.split("x"))]
     rows = {f", {percent(d)}": d for d in densities}
@@ -315,7 +316,7 @@ def _bench(kind: str, summary: str, *, more: str = "", counts: Sequence[int] = (
             "cpu": shapes((2, 256, 20_000)),
             "tiny": shapes((1, 32, 64))[:1],
         },
-        dtypes=("bf16", "fp32", "fp16"),
+        dtypes=_DTYPES,
         densities=(0.01, DENSITY, 0.1),
         build=build,
     )
