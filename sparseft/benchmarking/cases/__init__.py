@@ -103,7 +103,7 @@ def suite_cases(*, tiny: bool = False) -> list[Case]:
         tiny: shapes that take a second on a CPU; their figures mean nothing.
     """
     from sparseft.benchmarking.cases.cholesky_inverse import cholesky_case
-    from sparseft.benchmarking.cases.compose import grid_case, language_case, switch_case
+    from sparseft.benchmarking.cases.compose import DENSITY, compose_case
     from sparseft.benchmarking.cases.denoise import denoise_case
     from sparseft.benchmarking.cases.entries import entries_case
     from sparseft.benchmarking.cases.residual import difference_case, prune_case
@@ -129,10 +129,10 @@ def suite_cases(*, tiny: bool = False) -> list[Case]:
             sketch_case((70, 40), (), "fp32"),
             cholesky_case((3, 10), (), "fp32"),
             *(entries_case(op, (64, 48)) for op in ("write_sum", "restore", "capture")),
-            language_case("tiny", "bf16"),
-            switch_case(2, "tiny", "bf16"),
-            switch_case(8, "tiny", "fp32"),
-            grid_case("tiny", "bf16"),
+            compose_case("language", (1, 32, 64), (DENSITY,), "bf16"),
+            compose_case("switch", (1, 32, 64, 2), (DENSITY,), "bf16"),
+            compose_case("switch", (1, 32, 64, 8), (DENSITY,), "fp32"),
+            compose_case("grid", (1, 32, 64), (DENSITY,), "bf16"),
         ]
     return [
         sampled_grad_case((4096, 4096), 4096),
@@ -140,17 +140,17 @@ def suite_cases(*, tiny: bool = False) -> list[Case]:
         sparse_step_case("sparse_step", (32, 4096, 11008), "fp32"),
         suite_step(32, 128),
         suite_step(128, 128),
-        language_case("xlmr_base", "bf16"),
-        switch_case(2, "xlmr_base", "bf16"),
-        switch_case(8, "xlmr_base", "bf16"),
+        compose_case("language", (12, 768, 250_002), (DENSITY,), "bf16"),
+        compose_case("switch", (12, 768, 250_002, 2), (DENSITY,), "bf16"),
+        compose_case("switch", (12, 768, 250_002, 8), (DENSITY,), "bf16"),
         sampled_grad_case((4096, 4096), 16384),
         sampled_grad_case((11008, 4096), 16384),
         sampled_grad_case((768, 768), 4096),
         sampled_grad_case((3072, 768), 4096),
         topk_case((12, 768, 250_002), (0.01,), "bf16"),
         sparse_step_case("sparse_step", (32, 4096, 11008), "bf16"),
-        grid_case("xlmr_base", "bf16"),
-        switch_case(2, "xlmr_base", "fp32"),
+        compose_case("grid", (12, 768, 250_002), (DENSITY,), "bf16"),
+        compose_case("switch", (12, 768, 250_002, 2), (DENSITY,), "fp32"),
         topk_case((8, 4096, 32_000), (0.01,), "bf16"),
         denoise_case((12, 768, 64), (0.1,), "fp32"),
         prune_case((48, 768, 768, 64), (0.1,), "fp32"),

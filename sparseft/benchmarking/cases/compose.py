@@ -44,6 +44,7 @@ __all__ = [
     "BENCHES",
     "DTYPES",
     "MODELS",
+    "compose_case",
     "compose_cases",
     "grid_case",
     "language_case",
@@ -117,11 +118,10 @@ def _named(kind: str, count: int, model: str, dtype: str, density: float) -> Cas
     return Case(f"compose/{label}/{dtype}/{model}", build)
 
 
-def _asked(
-    kind: str, dims: str, shape: Shape, densities: tuple[float, ...], dtype: str
-) -> Case:  # fmt: skip
+def compose_case(kind: str, shape: Shape, densities: tuple[float, ...], dtype: str) -> Case:
+    """Compare ``"switch"``, ``"language"`` or ``"grid"`` on an encoder of that shape."""
     op = f"compose_{kind}"
-    check_shape(op, dims, shape)
+    check_shape(op, _dims(kind), shape)
     check_densities(op, densities)
     torch_dtype(op, dtype, _DTYPES)
     count = shape[len(DIMS.split("x"))] if kind == "switch" else {"language": 3, "grid": 2}[kind]
@@ -302,15 +302,19 @@ def _roofline_target(moved: float, name: str = OURS) -> Target:
     return Target(f"{name}: at least 70 % of a copy's bandwidth", of_copy, 0.70, True)
 
 
-def _bench(kind: str, summary: str, *, more: str = "", counts: Sequence[int] = ()) -> OpBench:
+def _dims(kind: str) -> str:
+    return f"{DIMS}xADAPTERS" if kind == "switch" else DIMS
+
+
+def _bench(kind: str, summary: str, *, counts: Sequence[int] = ()) -> OpBench:
     def shapes(*models: Shape) -> tuple[Shape, ...]:
         return tuple((*m, n) for m in models for n in counts) if counts else models
 
-    build: Callable[[Shape, tuple[float, ...], str], Case] = partial(_asked, kind, DIMS + more)
+    build: Callable[[Shape, tuple[float, ...], str], Case] = partial(compose_case, kind)
     return OpBench(
         name=f"compose_{kind}",
         summary=summary,
-        dims=DIMS + more,
+        dims=_dims(kind),
         shapes={
             "cuda": shapes(_XLMR),
             "cpu": shapes((2, 256, 20_000)),
@@ -326,7 +330,6 @@ BENCHES = (
     _bench(
         "switch",
         "adapters onto a model and off again: Composer, COO adds, index_add_, dense task vectors",
-        more="xADAPTERS",
         counts=(2, 8),
     ),
     _bench("language", "one of two adapters on a model exchanged for another, the other kept"),
