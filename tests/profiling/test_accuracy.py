@@ -4,9 +4,13 @@ What both share (the model's code, torch's formulas of shapes) cannot be shown b
 operations' own workspace, the lifetimes of storages and what is kept between steps are right, can.
 
 Tolerances: 10 % on the peak, as promised. For the parts: what stands between steps (weights,
-optimizer) to the byte; ``diff`` within 5 % of the peak, as the CPU decides by the drawn mask
-whether a layer takes its reused tile; and the rest, whose split depends on which of several nearly
-equal moments is the highest, within 10 % of the peak each.
+optimizer) to the byte; ``diff`` within 2 % of the peak; and the rest, whose split depends on which
+of several nearly equal moments is the highest, within 10 % of the peak each.
+
+Densities keep off the one (near 10 % at 128 tokens) where a CPU's op finds its tile and dot
+products equally quick: there the drawn mask decides which blocks of rows use the tile, and a
+prediction can be too high by what the tile is larger: at most 4 MiB, which is much only for models
+as small as these.
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ ARCHITECTURES = {
     "decoder": Workload(model="decoder:2x128x4000", batch=4, length=64),
     "seq2seq": Workload(model="seq2seq:1x128x3000", batch=4, length=32),
 }
-DENSITIES = (0.01, 0.1, 1.0)
+DENSITIES = (0.01, 0.25, 1.0)
 
 
 def check(predicted, measured):
@@ -31,7 +35,7 @@ def check(predicted, measured):
     mine, seen = predicted.parts(), measured.parts()
     for part in ("weights", "optimizer"):
         assert mine[part] == seen[part], part
-    assert mine["diff"] == pytest.approx(seen["diff"], abs=0.05 * peak), "diff"
+    assert mine["diff"] == pytest.approx(seen["diff"], abs=0.02 * peak), "diff"
     for part in ("gradients", "activations", "temporary"):
         assert mine[part] == pytest.approx(seen[part], abs=0.1 * peak), part
 
@@ -47,7 +51,7 @@ def test_a_prediction_is_within_ten_percent(name, density):
 
 def test_the_check_notices_a_tenth():
     """What must not pass: a prediction that forgets an optimizer, or the logits."""
-    work, way = ARCHITECTURES["encoder"], Way("attached", 0.1)
+    work, way = ARCHITECTURES["encoder"], Way("attached", 0.25)
     measured = measure_here(work, way, steps=2).use
     for other in (
         predict(Workload(**{**vars(work), "optimizer": "sgd"}), way).use,
