@@ -137,24 +137,36 @@ def _parts(moment: Moment, held: Moment, workspace: Workspace) -> MemoryUse:
 
 
 def _steady_step(built: Built, tracker: MemoryTracker) -> tuple[Moment, Moment]:
-    """Return the highest moment of the second step, and the end of its forward pass."""
+    """Return the highest moment of a steady step, and the end of its forward pass.
+
+    One pass each way, and two steps of the optimizer: the first makes its state, which a steady
+    step has all along, so it is added to the moments before.
+    """
     ends: list[Moment] = []
 
     def forward_ended(*_: Any) -> None:
         ends.append(Moment(tracker.level, kinds=dict(tracker.kinds)))
 
+    _name_parts(built, tracker)
     hook = built.model.register_forward_hook(forward_ended)
     try:
         with tracker.gradients_of(built.model.parameters()):
-            built.step()
-            _name_parts(built, tracker)
-            for parameter in built.model.parameters():
-                parameter.grad = None
             tracker.restart()
-            built.step()
-            return tracker.peak, ends[-1]
+            built.backward(built.forward())
     finally:
         hook.remove()
+    passes, held = tracker.peak, ends[0]
+    if built.optimizer is None:
+        return passes, held
+    built.optimizer.step()
+    tracker.adopt(_state_of(built.optimizer), "optimizer")
+    state = tracker.kinds.get("optimizer", 0)
+    for moment in (passes, held):
+        moment.total += state
+        moment.kinds["optimizer"] = state
+    tracker.restart()
+    built.optimizer.step()
+    return max(passes, tracker.peak, key=lambda moment: moment.total), held
 
 
 def _name_parts(built: Built, tracker: MemoryTracker) -> None:
@@ -163,11 +175,9 @@ def _name_parts(built: Built, tracker: MemoryTracker) -> None:
     added = {id(leaf) for leaf in leaves}
     parameters = dict(built.model.named_parameters())
     added |= {id(p) for name, p in parameters.items() if any(a in name for a in _ADAPTERS)}
-    gradients = [p.grad for p in parameters.values() if p.grad is not None]
-    tracker.adopt_rest("diff", besides=gradients)
+    tracker.adopt_rest("diff")
     everything = [*parameters.values(), *built.model.buffers()]
     tracker.adopt((t for t in everything if id(t) not in added), "weights")
-    tracker.adopt(_state_of(built.optimizer), "optimizer")
     tracker.adopt(built.inputs.values(), "inputs")
 
 

@@ -157,10 +157,9 @@ def _attached(
     patterns = sides._patterns(model, workload, way)
     heads = sides._head_names(model)
     beside = {name: patterns.pop(f"{name}.weight") for name in layers}
-    attachment = attach(model, patterns, full_params=heads) if patterns else None
-    if attachment is None:
-        model.requires_grad_(False)
     made = _quantise(model, layers, _bits(workload))
+    model.requires_grad_(False)
+    attachment = attach(model, patterns, full_params=heads) if patterns else None
     for name, layer in made.items():
         layer.mask(beside[name].indices)
     leaves = [layer.diff_weight for layer in made.values()]

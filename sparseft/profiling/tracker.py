@@ -46,7 +46,6 @@ class MemoryTracker(TorchDispatchMode):
         block: storages are rounded up to multiples of so many bytes (512 on CUDA).
         workspace: (operation, arguments, keyword arguments) -> bytes that the operation allocates
             beyond its results while it runs; none by default.
-        of: sizes of storages: (storage) -> bytes; default: what the storage says.
 
     Only storages that are made while the mode is on count, and those given to `adopt`.
 
@@ -121,11 +120,10 @@ class MemoryTracker(TorchDispatchMode):
                 self._count(-size, before)
                 self._count(size, kind)
 
-    def adopt_rest(self, kind: str, *, besides: Iterable[Tensor] = ()) -> None:
-        """Count every storage alive that nobody named yet as ``kind``, but for some tensors'."""
-        spared = {tensor.untyped_storage()._cdata for tensor in besides}
+    def adopt_rest(self, kind: str) -> None:
+        """Count every storage alive that nobody named yet as ``kind``."""
         for key, (size, before) in self._known.items():
-            if before == "other" and key not in spared:
+            if before == "other":
                 self._known[key] = (size, kind)
                 self._count(-size, before)
                 self._count(size, kind)

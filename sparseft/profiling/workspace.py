@@ -72,7 +72,10 @@ def sampled_grad_on_cpu(
             step = max(1, TILE // width // layout.block_rows) * layout.block_rows
             kept = max(kept, FP32 * min(step, end - first) * width)
             entries = -(-(hi - lo) * min(step, end - first) // (end - first))
-            inside = max(inside, entries * index * (1 if packed is None else 4))
+            if packed is not None:
+                inside = max(inside, entries * index * 4)
+            elif first or step < end - first:  # the first rows' positions are taken as they are
+                inside = max(inside, entries * index)
             continue
         panel = min(_PANEL, end - first)
         entries = -(-(hi - lo) * panel // (end - first))
