@@ -75,6 +75,7 @@ def test_ours_shows_gradients_weights_and_agreement(classification):
     assert rows_of(classification)["LoRA, as many as 5%"]["checks"][0]["got"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bench", BENCHES, ids=lambda b: b.name)
 def test_the_tiny_shape_of_each_task(bench):
     [shape] = bench.shapes["tiny"]
