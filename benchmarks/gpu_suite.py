@@ -1,9 +1,10 @@
 """`run.py suite`: correctness, then every case, then memory, on one GPU and within a budget.
 
 Three parts share the minutes: the GPU tests (in a process of their own, cut off after their share),
-the cases (no case starts after theirs), a model's memory predicted and measured (what is left).
-What one part leaves over the next may use. Failed tests make the exit status 1, the timings still
-run: every case has a gate of its own. DIR is written after each step and holds at most
+the cases (none starts after theirs, none takes longer than its cap), a model's memory predicted and
+measured (what is left). What one part leaves over the next may use. Failed tests make the exit
+status 1, the timings still run: every case has a gate of its own. DIR is written after each step
+and holds at most
 
     suite.json    the tests' outcome, ceilings, cases, memory, with provenance
     suite.md      the same to read
@@ -17,9 +18,11 @@ Without a GPU (`--device cpu`) the same flow runs on tiny shapes, as a test.
 from __future__ import annotations
 
 import argparse
+import gc
 import os
+import signal
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -67,7 +70,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--parts", nargs="+", choices=PARTS, help="left out: all of them")
     parser.add_argument("--minutes", type=float, default=7.5, help="for everything")
     parser.add_argument("--rounds", type=int, default=25, help="timed rounds of a case, at most")
-    parser.add_argument("--case-seconds", type=float, default=4.0, help="rounds end after so long")
+    parser.add_argument("--case-seconds", type=float, default=2.0, help="rounds end after so long")
+    parser.add_argument(
+        "--case-cap", type=float, default=30.0, help="a case ends after so many seconds, all told"
+    )
     parser.add_argument(
         "--compile", action="store_true", help="compiled contenders too: seconds to minutes each"
     )
@@ -179,8 +185,28 @@ def every_case(*, tiny: bool) -> list[Case]:
     return first + list(named.values())
 
 
+class CutOff(BaseException):
+    """Raised in the middle of what took too long; no `except Exception` on the way holds it."""
+
+
 @contextmanager
-def compiling(wanted: bool) -> Iterable[None]:
+def cut_off(seconds: float) -> Iterator[None]:
+    """Raise `CutOff` after so long, as soon as Python runs again: a call into C ends first."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise CutOff
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@contextmanager
+def compiling(wanted: bool) -> Iterator[None]:
     before = os.environ.get(COMPILE)
     if not wanted:
         os.environ[COMPILE] = "0"
@@ -203,28 +229,54 @@ def _cases(
     began = time.monotonic()
     tiny = device.type == "cpu"
     chosen = [case for case in cases if fnmatchcase(case.name, options.only or "*")]
+    if not chosen:
+        names = ", ".join(case.name for case in cases)
+        raise SystemExit(f"error: no case is called {options.only!r}; there are: {names}")
     dtypes = sorted({case.dtype for case in chosen if case.dtype}) or ["fp32"]
     run.ceilings = measure_ceilings(device, dtypes, quick=tiny)
     run.source["ceilings"] = str(run.ceilings)
     if not options.compile:
         run.source["compiled contenders"] = "left out (--compile runs them)"
 
-    def progress(results: list[dict[str, Any]]) -> None:
-        done = results[-1]
-        print(f"{done['status']:7} {done['took_seconds']:6.1f} s  {done['name']}", flush=True)
-        run.cases = results
-        run.write()  # a run that is cut off leaves what it has
+    until = began + 60 * minutes
+    for case in chosen:
+        left = until - time.monotonic()
+        if left <= 0:
+            done = _not_run(case, f"the budget of {options.minutes:g} minutes was spent")
+        else:
+            done = _case(case, device, options, run.ceilings)
+            print(f"{done['status']:7} {done['took_seconds']:6.1f} s  {done['name']}", flush=True)
+        run.cases.append(done)
+        if left > 0:
+            run.write()  # a run that is cut off leaves what it has
 
-    run.cases = run_suite(
-        cases,
-        device,
-        only=options.only or "*",
-        minutes=minutes - (time.monotonic() - began) / 60,
-        rounds=options.rounds,
-        case_seconds=options.case_seconds,
-        progress=progress,
-        ceilings=run.ceilings,
-    )
+
+def _case(
+    case: Case, device: torch.device, options: argparse.Namespace, ceilings: Ceilings
+) -> dict[str, Any]:
+    began = time.monotonic()
+    try:
+        with cut_off(options.case_cap):
+            [done] = run_suite(
+                [case],
+                device,
+                minutes=float("inf"),
+                rounds=options.rounds,
+                case_seconds=options.case_seconds,
+                ceilings=ceilings,
+            )
+    except CutOff:
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        done = _not_run(case, f"cut off after {options.case_cap:g} s (--case-cap)")
+        done["took_seconds"] = time.monotonic() - began
+    return done
+
+
+def _not_run(case: Case, reason: str) -> dict[str, Any]:
+    what = {"op": case.op, "shape": list(case.shape), "dtype": case.dtype}
+    return {"name": case.name, **what, "status": "not run", "reason": reason}
 
 
 def _memory(run: _Run, device: torch.device, end: float) -> None:
@@ -240,14 +292,14 @@ def _memory(run: _Run, device: torch.device, end: float) -> None:
             run.memory.append({"workload": vars(work), "rows": [], "reason": reason})
             continue
         try:
-            found = profile(
-                work,
-                _DENSITIES,
-                ways=_WAYS,
-                device=device.type,
-                steps=5,
-                isolated=False,
-            )
+            with cut_off(max(1.0, end - time.monotonic())):
+                found = profile(
+                    work, _DENSITIES, ways=_WAYS, device=device.type, steps=5, isolated=False
+                )
+        except CutOff:
+            reason = "cut off: the minutes were spent"
+            run.memory.append({"workload": vars(work), "rows": [], "reason": reason})
+            continue
         except Exception as error:  # the cases keep their figures
             reason = f"{type(error).__name__}: {error}"
             run.memory.append({"workload": vars(work), "rows": [], "reason": reason})

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 from types import ModuleType
 
@@ -14,7 +15,7 @@ import pytest
 
 from sparseft.benchmarking.ceilings import Ceilings
 from sparseft.benchmarking.checks import Check
-from sparseft.benchmarking.suite import Case, Contender, Prepared
+from sparseft.benchmarking.suite import Case, Contender, Prepared, attempt
 
 HERE = Path(__file__).resolve().parents[2] / "benchmarks"
 
@@ -189,6 +190,22 @@ def test_what_there_is_no_time_for_is_listed(suite):
     assert [found["status"] for found in document["cases"]] == ["not run", "not run"]
     assert document["memory"][0]["reason"] == "the minutes were spent"
     assert "## Not run\n- one: " in (folder / "suite.md").read_text()
+
+
+def test_a_case_that_takes_too_long_costs_only_itself(suite):
+    def build(device):
+        def sleep():
+            time.sleep(20)
+
+        return Prepared({"a": attempt(lambda: sleep() or Contender(list))}, "a")
+
+    cases = [Case("long", build, op="long", dtype="fp32"), case("one")]
+    status, folder = suite("--parts", "cases", "--case-cap", "2", cases=cases)
+    long, one = json.loads((folder / "suite.json").read_text())["cases"]
+    assert status == 0
+    assert (long["status"], long["reason"]) == ("not run", "cut off after 2 s (--case-cap)")
+    assert long["took_seconds"] < 10
+    assert one["status"] == "ok"
 
 
 def test_without_pytest_the_suite_says_so(suite, monkeypatch, runner):
