@@ -33,6 +33,12 @@ def draw(files: Files, file: str, kind: str, path: Path) -> None:
         if stacked((memory_picture(found) for found in profiles), path) is None:
             raise PageError(f"results/{file} has nothing for a plot of {kind}")
         return
+    if kind == "scaling":
+        from sparseft.benchmarking.scaling import scaling_plot
+
+        if scaling_plot(files.cases(file), path) is None:
+            raise PageError(f"results/{file} has nothing for a plot of {kind}")
+        return
     by_kind = {
         "speedup": plots.plot_speedups,
         "density": plots.plot_density,

@@ -9,6 +9,7 @@
     python benchmarks/run.py denoise                 # truncated SVDs of an encoder, 4 minutes
     python benchmarks/run.py select                  # the largest of 278 M differences, 3 minutes
     python benchmarks/run.py step                    # training steps, every way to train
+    python benchmarks/run.py scaling                 # steps by batch, width and density
     python benchmarks/run.py mask                    # attached against a gradient mask, 15 minutes
 
 Results go to results/ from a clean checkout and with all checks passed, else to results/scratch/;
@@ -60,11 +61,15 @@ def step(arguments: list[str]) -> int:
     return run_tables.step(arguments, results=HERE / "results")
 
 
+def scaling(arguments: list[str]) -> int:
+    return run_tables.scaling(arguments, results=HERE / "results")
+
+
 def mask(arguments: list[str]) -> int:
     return run_mask.main(arguments, results=HERE / "results")
 
 
-COMMANDS = ("suite", "ops", "profile", "step", "mask", "compose", "denoise", "select")
+COMMANDS = ("suite", "ops", "profile", "step", "scaling", "mask", "compose", "denoise", "select")
 
 
 def main(arguments: list[str]) -> int:

@@ -1,4 +1,4 @@
-"""`run.py step`, `compose`, `denoise` and `select`: cases of the package, in one table each."""
+"""`run.py step`, `scaling`, `compose`, `denoise`, `select`: cases of the package, a table each."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sparseft.benchmarking import (
 )
 from sparseft.benchmarking.suite import Case
 
-__all__ = ["compose", "denoise", "select", "step"]
+__all__ = ["compose", "denoise", "scaling", "select", "step"]
 
 _GOOD = ("ok", "skipped")
 
@@ -70,6 +70,33 @@ def step(arguments: list[str], *, results: Path) -> int:
         for batch in options.batch
     ]
     return one_table(options, cases, results)
+
+
+def parse_scaling(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="run.py scaling",
+        description="Training steps by batch, model width and density, every way to train.",
+    )
+    parser.add_argument("--task", default="classification", choices=_STEP_MODELS)
+    parser.add_argument("--size", default="cpu", choices=["cuda", "cpu", "tiny"])
+    parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--clock", choices=["wall", "cpu"], help="cpu: processor time, one thread")
+    parser.add_argument("--only", default="*", help="glob over names of cases")
+    parser.add_argument("--rounds", type=int, default=7, help="timed rounds of a case, at most")
+    parser.add_argument("--case-seconds", type=float, default=60.0, help="rounds end after that")
+    parser.add_argument("--out", type=Path, help="folder of the results; left out: results/")
+    parser.add_argument("--name", default="scaling", help="name of the result files")
+    return parser.parse_args(arguments)
+
+
+def scaling(arguments: list[str], *, results: Path) -> int:
+    from sparseft.benchmarking.scaling import scaling_cases
+
+    options = parse_scaling(arguments)
+    cases = scaling_cases(options.task, options.size, options.dtype)
+    return one_table(options, cases, results, tiny=options.size == "tiny")
 
 
 def parse_compose(arguments: list[str]) -> argparse.Namespace:
@@ -129,10 +156,12 @@ def select(arguments: list[str], *, results: Path) -> int:
     return one_table(options, cases, results)
 
 
-def one_table(options: argparse.Namespace, cases: list[Case], root: Path) -> int:
+def one_table(
+    options: argparse.Namespace, cases: list[Case], root: Path, *, tiny: bool = False
+) -> int:
     """Run cases and write all their contenders in one table."""
     torch.set_num_threads(options.threads)
-    tiny = options.model == "tiny"
+    tiny = tiny or getattr(options, "model", None) == "tiny"
     extra = suite_source(torch.device(options.device), tiny=tiny)
 
     def progress(results: list[dict]) -> None:

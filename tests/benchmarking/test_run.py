@@ -116,6 +116,24 @@ def test_steps_are_cases_by_task_and_batch(runner, tmp_path, monkeypatch):
     assert [found["name"] for found in document["cases"]] == [f"step_{n}" for n in range(1, 5)]
 
 
+def test_scaling_is_one_result_with_its_picture(runner, tmp_path, monkeypatch):
+    scaling = importlib.import_module("sparseft.benchmarking.scaling")
+    asked = []
+    monkeypatch.setattr(scaling, "scaling_cases", lambda *a: asked.append(a) or [case("middle")])
+    assert runner.main(["scaling", "--task", "mlm", "--size", "tiny", "--rounds", "2"]) == 0
+    assert asked == [("mlm", "tiny", "fp32")]
+    folder = tmp_path / "results" / "scratch"  # tiny shapes are no committed result
+    assert json.loads((folder / "scaling.json").read_text())["cases"][0]["name"] == "middle"
+
+    def plot(results, path):
+        path.write_bytes(b"picture of " + results[0]["name"].encode())
+        return path
+
+    monkeypatch.setattr(scaling, "scaling_plot", plot)
+    loaded("page").Page(folder, draw=True).fill("{{plot scaling.json scaling}}")
+    assert (folder / "scaling_scaling.png").read_bytes() == b"picture of middle"
+
+
 def test_profiles_of_models_are_one_result(runner, tmp_path, monkeypatch):
     profiles = importlib.import_module("sparseft.profiling.profiles")
     here = profiles.measure_here
