@@ -320,7 +320,7 @@ def test_the_last_commit_against_here_and_ctrl_c(tmp_path):
     command += ["--compare", "HEAD", "--json", "-"]
     environment = dict(os.environ) | {"TMPDIR": str(tmp_path), "PYTHONPATH": ".:kernels"}
     options = {"cwd": ROOT, "env": environment, "text": True, "start_new_session": True}
-    before = git(ROOT, "worktree", "list")
+    before = git(ROOT, "worktree", "list").count("\n")
     done = subprocess.run([*command, "--size", "tiny"], capture_output=True, timeout=300, **options)
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines()]
@@ -338,4 +338,4 @@ def test_the_last_commit_against_here_and_ctrl_c(tmp_path):
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130, said
     assert os.listdir(tmp_path) == []
-    assert git(ROOT, "worktree", "list") == before
+    assert git(ROOT, "worktree", "list").count("\n") == before
