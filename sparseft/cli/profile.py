@@ -167,8 +167,8 @@ def _print(found: Profile) -> None:
     from sparseft.profiling.report import fit_line, lines_above, notes_below, profile_table
 
     header, rows = profile_table(found)
-    # One space between columns: twelve of them in 100 characters.
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    # The box puts one space between columns: twelve of them in 100 characters.
+    table = Table(box=box.SIMPLE_HEAD, padding=0)
     for i, name in enumerate(header):
         table.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
     for row in rows:

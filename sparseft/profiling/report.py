@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from sparseft._text import human_bytes
@@ -60,7 +61,7 @@ def profile_table(found: Profile) -> tuple[list[str], list[list[str]]]:
             ]
             for row in found.rows
         ]
-    header = ["way", "", *parts, "peak", "error", "step", "tokens/s"]
+    header = ["way", "", *parts, "peak", "error", "step", "tok/s"]
     rows = []
     for row in found.rows:
         error = "" if row.error is None else f"{row.error:+.1%}"
@@ -89,8 +90,8 @@ def lines_above(found: Profile) -> list[str]:
     timed = next((r.measurement.steps for r in found.rows if r.measurement), 0)
     steps = f"; time: median of {timed} steps" if timed else ""
     return [
-        f"{work.model}{task}: batch {work.batch} x {work.length} tokens, {work.dtype}{base}, "
-        f"{work.optimizer}{checkpointing}; {found.device}{ranks}",
+        f"{Path(work.model).name}{task}: batch {work.batch} x {work.length} tokens, "
+        f"{work.dtype}{base}, {work.optimizer}{checkpointing}; {found.device}{ranks}",
         f"Peak memory of a training step in {_unit(found)[0]}.",
         f"{how}{steps}.",
     ]
