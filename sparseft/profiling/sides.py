@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -65,7 +66,8 @@ class Built:
 
     def forward(self) -> Tensor:
         """Return the loss."""
-        return self.model(**self.inputs).loss
+        with _no_padding_asked(self.model):
+            return self.model(**self.inputs).loss
 
     def backward(self, loss: Tensor) -> None:
         """Leave in ``.grad`` what the optimizer should step on."""
@@ -84,6 +86,26 @@ class Built:
         if self.optimizer is not None:
             self.optimizer.step()
         return loss.detach()
+
+
+@contextlib.contextmanager
+def _no_padding_asked(model: Any) -> Iterator[None]:
+    """On fake tensors: keep transformers 4 from reading whether there is padding.
+
+    Its encoders make a mask of ones, find that it is all ones and drop it, and read the first and
+    the last token to warn. There is no padding here: the answers are known.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    asked = [
+        (sys.modules[type(base).__module__], "_prepare_4d_attention_mask_for_sdpa"),
+        (type(base), "warn_if_padding_and_no_attention_mask"),
+    ]
+    with contextlib.ExitStack() as patches:
+        for owner, name in asked:
+            if faked() and hasattr(owner, name):
+                owner = next((c for c in getattr(owner, "__mro__", ()) if name in vars(c)), owner)
+                patches.enter_context(mock.patch.object(owner, name, return_value=None))
+        yield
 
 
 def build(workload: Workload, way: Way, device: torch.device | str) -> Built:
@@ -277,6 +299,7 @@ def _adapters_in_place(dtype: torch.dtype, model: Any) -> Iterator[None]:
     if not faked():
         yield
         return
+
     def stay(module: nn.Module, *_: Any, **__: Any) -> nn.Module:
         return module
 
