@@ -106,7 +106,7 @@ def _predict(workload: Workload, way: Way, device: str, world_size: int) -> Pred
         built = make(workload, way, "cpu")
         if device == "cuda":
             _choose_multi_tensor(built.optimizer)
-        moment, held = _steady_step(built, tracker)
+        moment, held = _steady_step(built, tracker, workspace)
         shards = Shards.of(built, world_size)
         reduced = sum(
             p.numel() * p.element_size() for p in built.model.parameters() if p.requires_grad
@@ -136,7 +136,9 @@ def _parts(moment: Moment, held: Moment, workspace: Workspace) -> MemoryUse:
     )
 
 
-def _steady_step(built: Built, tracker: MemoryTracker) -> tuple[Moment, Moment]:
+def _steady_step(
+    built: Built, tracker: MemoryTracker, workspace: Workspace
+) -> tuple[Moment, Moment]:
     """Return the highest moment of a steady step, and the end of its forward pass.
 
     One pass each way, and two steps of the optimizer: the first makes its state, which a steady
@@ -146,6 +148,8 @@ def _steady_step(built: Built, tracker: MemoryTracker) -> tuple[Moment, Moment]:
 
     def forward_ended(*_: Any) -> None:
         ends.append(Moment(tracker.level, kinds=dict(tracker.kinds)))
+        if "SequenceClassification" in type(built.model).__name__:
+            workspace.live = built.workload.batch
 
     _name_parts(built, tracker)
     hook = built.model.register_forward_hook(forward_ended)

@@ -22,6 +22,7 @@ from sparseft.ops._common import CHUNK
 from sparseft.ops._layout import _BLOCK_ROWS, TILE, Layout
 from sparseft.ops._moments import QUANTUM
 from sparseft.ops._sampled_cpu import _PANEL, _slab_length
+from sparseft.ops.live_rows import _WORTH
 from sparseft.ops.sparse_step import _CHUNK as STEP_CHUNK
 
 __all__ = ["Workspace"]
@@ -251,11 +252,15 @@ class Workspace:
 
     Attributes:
         assumed: what the figures rest on, in words.
+        live: rows of gradients that are not zero, where known: a classifier reads one position of a
+            sequence, so until the backward pass has gone through an attention only that one's are.
+            (A CPU leaves the others out: `ops/live_rows.py`.)
     """
 
     def __init__(self, device: str) -> None:
         self.device = device
         self._kept: dict[Any, int] = {}
+        self.live: int | None = None
         self._masks: list[Tensor] = []  # alive, so that ids stay theirs
         self.assumed: tuple[str, ...] = ()
         if device == "cuda":
@@ -270,6 +275,7 @@ class Workspace:
             "sparseft::sparse_step_": self._step,
             "sparseft::segment_spmm": self._spmm,
             "aten::_safe_softmax": self._softmax,
+            "aten::bmm": self._mix,
             "aten::_scaled_dot_product_flash_attention_for_cpu_backward": self._attention,
         }
         self._rules = rules
@@ -308,6 +314,9 @@ class Workspace:
             found = sampled_grad_on_cuda(*shape)
             self._keep_for(indices, "tiles", found.kept)
         else:
+            worth = _WORTH * tokens * sum(1 / max(n, 1) for n in shape[1:3])
+            if self.live is not None and tokens - self.live >= worth:
+                shape = (self.live, *shape[1:])
             found = sampled_grad_on_cpu(*shape, torch.get_num_threads())
             self._keep("tile buffer", found.kept)
         return found
@@ -355,7 +364,12 @@ class Workspace:
     def _softmax(self, x, *_: Any, **__: Any) -> Bytes:
         return Bytes(0) if self.device == "cuda" else safe_softmax_on_cpu(x.numel(), x.shape[-1])
 
+    def _mix(self, *_: Any, **__: Any) -> Bytes:
+        self.live = None  # an attention's product: from here on every position has a gradient
+        return Bytes(0)
+
     def _attention(self, grad, query, *_: Any, **__: Any) -> Bytes:
+        self.live = None
         if self.device == "cpu":
             return Bytes(0)
         batch, heads, tokens, width = query.shape

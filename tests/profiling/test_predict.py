@@ -211,6 +211,17 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
 
+def test_a_classifiers_last_layer_has_one_live_row_per_sequence():
+    """Measured for 2x256x6000, bf16: without this rule the prediction was 16 % too high."""
+    inside = workspace.Workspace("cpu")
+    mask = pattern(256, 1024, 0.05).indices
+    grad, x = torch.zeros(512, 256), torch.zeros(512, 1024)
+    inside.live = 4
+    few = inside._sampled(grad, x, mask).inside
+    inside._mix()
+    assert few < inside._sampled(grad, x, mask).inside / 4
+
+
 @pytest.mark.slow
 def test_seven_billion_parameters_take_no_memory_here():
     done = subprocess.run(
