@@ -40,7 +40,6 @@ if TYPE_CHECKING:
     from sparseft.benchmarking.ceilings import Ceilings, measure_ceilings
     from sparseft.benchmarking.checks import Check, as_accurate, equal_bits
     from sparseft.benchmarking.limits import memory_free, require_memory
-    from sparseft.benchmarking.paired import Comparison, alternate
     from sparseft.benchmarking.plots import plot_density, plot_roofline, plot_speedups
     from sparseft.benchmarking.records import append_records, make_records, read_records
     from sparseft.benchmarking.results import markdown_table, results_folder, write_results
@@ -58,7 +57,6 @@ _EXPORTS = {
     "ceilings": ("Ceilings", "measure_ceilings"),
     "checks": ("Check", "as_accurate", "equal_bits"),
     "limits": ("memory_free", "require_memory"),
-    "paired": ("Comparison", "alternate"),
     "plots": ("plot_density", "plot_roofline", "plot_speedups"),
     "records": ("append_records", "make_records", "read_records"),
     "results": ("markdown_table", "results_folder", "write_results"),
@@ -76,13 +74,11 @@ __all__ = [
     "Case",
     "Ceilings",
     "Check",
-    "Comparison",
     "Contender",
     "OpBench",
     "Prepared",
     "StepCase",
     "Target",
-    "alternate",
     "append_records",
     "as_accurate",
     "case_name",

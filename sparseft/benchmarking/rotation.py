@@ -12,7 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -135,10 +135,13 @@ def rotate(
         warmup: untimed rounds first.
 
     Raises:
-        ValueError: fewer than two rounds, or ``"cpu"`` where it would measure something else.
+        ValueError: fewer than two rounds, no such clock, or ``"cpu"`` where it would measure
+            something else.
     """
     if min(rounds, least) < 2:
         raise ValueError(f"{rounds=}, {least=}; a spread needs at least 2")
+    if clock not in get_args(Clock):
+        raise ValueError(f"{clock=}; it should be one of {', '.join(get_args(Clock))}")
     if clock == "cpu" and (torch.device(device).type != "cpu" or torch.get_num_threads() != 1):
         raise ValueError(
             f"clock='cpu' adds up the time of all threads: it needs one thread on a CPU, and this "

@@ -64,6 +64,8 @@ def test_rounds_end_with_the_time_but_not_before_the_least():
     assert len(rotate({"a": list}, rounds=50, least=5, seconds=0.0).seconds["a"]) == 5
     with pytest.raises(ValueError, match="rounds=1"):
         rotate({"a": list}, rounds=1)
+    with pytest.raises(ValueError, match=r"clock='sun'.*device, wall, cpu"):
+        rotate({"a": list}, rounds=2, clock="sun")
 
 
 def test_ratios_compare_times_of_one_round():
