@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from sparseft.benchmarking.cases import composable_sft as peer
-from sparseft.benchmarking.cases.any_size import compiled_for_any_size
 from sparseft.benchmarking.cases.asked import check_densities, check_shape, percent, torch_dtype
 from sparseft.benchmarking.cases.compose_sides import (
     DTYPES,
@@ -35,6 +34,7 @@ from sparseft.benchmarking.cases.encoders import DIMS, Model, parameter_shapes
 from sparseft.benchmarking.cases.load import load_case
 from sparseft.benchmarking.cases.parts import typical
 from sparseft.benchmarking.catalogue import OpBench, Shape, case_name
+from sparseft.benchmarking.competitors import compiled_for_any_size
 from sparseft.benchmarking.limits import require_memory, too_little
 from sparseft.benchmarking.rotation import Timing
 from sparseft.benchmarking.suite import Case, Contender, Prepared, Target, at_most, attempt, faster

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparseft.benchmarking.cases.any_size import compiled_for_any_size
 from sparseft.benchmarking.cases.asked import check_densities, check_shape, percent, torch_dtype
 from sparseft.benchmarking.cases.parts import typical
 from sparseft.benchmarking.catalogue import OpBench, Shape, case_name
 from sparseft.benchmarking.checks import Check, rel_rms
+from sparseft.benchmarking.competitors import compiled_for_any_size
 from sparseft.benchmarking.limits import require_memory
 from sparseft.benchmarking.masks import random_pattern, sectors_touched
 from sparseft.benchmarking.suite import Case, Contender, Prepared, attempt

@@ -18,14 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparseft.benchmarking.cases.any_size import compiled_for_any_size
 from sparseft.benchmarking.cases.asked import check_densities, check_shape, percent, torch_dtype
 from sparseft.benchmarking.cases.compose_sides import random_adapters
 from sparseft.benchmarking.cases.encoders import DIMS, build_model, parameter_shapes
 from sparseft.benchmarking.cases.parts import typical
 from sparseft.benchmarking.catalogue import OpBench, Shape, case_name
 from sparseft.benchmarking.checks import Check
-from sparseft.benchmarking.competitors import absent
+from sparseft.benchmarking.competitors import absent, compiled_for_any_size
 from sparseft.benchmarking.limits import require_memory
 from sparseft.benchmarking.suite import Case, Contender, Prepared, attempt
 from sparseft.composition import Composer, compose_adapters

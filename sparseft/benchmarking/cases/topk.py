@@ -15,13 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparseft.benchmarking.cases.any_size import compiled_for_any_size
 from sparseft.benchmarking.cases.asked import check_densities, check_shape, percent, torch_dtype
 from sparseft.benchmarking.cases.encoders import DIMS, parameter_shapes
 from sparseft.benchmarking.cases.parts import typical
 from sparseft.benchmarking.catalogue import OpBench, Shape, case_name
 from sparseft.benchmarking.checks import Check
-from sparseft.benchmarking.competitors import compiled
+from sparseft.benchmarking.competitors import compiled, compiled_for_any_size
 from sparseft.benchmarking.limits import require_memory
 from sparseft.benchmarking.suite import Case, Contender, Facts, Prepared, attempt
 from sparseft.ops import TopK, resolve_backend, topk_differences, topk_single
