@@ -31,7 +31,7 @@ examples:
   sparseft bench --op all --size tiny                       a smoke test: figures mean nothing
   sparseft bench --op topk --out results/                   table, JSON lines, plots
   sparseft bench --op combine --json -                      only JSON lines on standard output
-  sparseft bench --op compose --compare main                this tree against a revision
+  sparseft bench --op spmm --compare main                   this tree against a revision
 
 Every contender is checked against the op's reference first; one that is wrong is shown in red, is
 not timed, and makes the exit code 1. All of a case run in turns, round by round, and ratios are of

@@ -13,8 +13,10 @@ import torch
 from sparseft import benchmarking
 from sparseft.benchmarking import OPS, cases
 from sparseft.benchmarking.catalogue import DTYPES, SIZES
-from sparseft.benchmarking.competitors import COMPILE, absent, compiled
+from sparseft.benchmarking.checks import Check
+from sparseft.benchmarking.competitors import COMPILE, absent, compiled, compiled_for_any_size
 from sparseft.benchmarking.planning import choose_ops, parse_shape, plan_cases
+from sparseft.benchmarking.suite import Contender, attempt
 from sparseft.errors import OptionError, UnknownNameError
 
 
@@ -183,6 +185,24 @@ def test_what_cannot_be_compiled_is_skipped(monkeypatch):
 
     monkeypatch.setattr(torch, "compile", broken)
     assert compiled(torch.add, 1, 2).skipped == "torch.compile failed: no C++ compiler"
+
+
+@pytest.mark.parametrize("compiled", [compiled, lambda run: compiled_for_any_size(run, each_once)])
+def test_no_memory_is_not_the_compilers_failure(monkeypatch, compiled):
+    monkeypatch.delenv(COMPILE, raising=False)
+
+    def full(run, dynamic):
+        def call(*arguments):
+            raise torch.OutOfMemoryError("Tried to allocate 3.00 GiB")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", full)
+    assert attempt(lambda: compiled(list)).skipped.startswith("out of memory: asked for 3.00 GiB")
+
+
+def each_once(run):
+    return Contender(run, [Check("ran", float(run() is None), 0.0)])
 
 
 def test_an_absent_package_is_named():
