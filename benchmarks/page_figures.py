@@ -37,8 +37,9 @@ def clock_of(row: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def speed(case: dict[str, Any], row: dict[str, Any]) -> float | None:
-    """Return how many times as fast as the baseline: the median of the rounds' ratios."""
-    base = next((r for r in case["contenders"] if r["name"] == case["baseline"]), None)
+    """Return how many times as fast as what it is held against: the median of rounds' ratios."""
+    against = row.get("against") or case["baseline"]
+    base = next((r for r in case["contenders"] if r["name"] == against), None)
     mine, theirs = clock_of(row), None if base is None else clock_of(base)
     if mine is None or theirs is None:
         return None

@@ -70,6 +70,8 @@ def _cases(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
             continue
         case |= {"baseline": line["baseline"], "facts": line["case_facts"]}
         row = {key: line[key] for key in ("status", "reason", "ours", "density", "facts")}
+        # Lines of before had no others than the baseline.
+        row |= {"work": line.get("work", ""), "against": line.get("against", line["baseline"])}
         row |= {"name": line["contender"], "speed": {k: line[k] for k in _SPEEDS if k in line}}
         if line["clock"] is not None:
             seconds = {key: line[key] for key in ("median", "quartile1", "quartile3", "min")}

@@ -30,7 +30,7 @@ def table(files: Files, file: str, only: str = "*", clock: str = "") -> str:
         "case": "case",
         "name": "contender",
         "time": "time (quartiles)",
-        "ratio": "/ first of the case (quartiles)",
+        "ratio": "/ baseline (quartiles)",
         "GB/s": "GB/s (of a copy)",
         "TFLOP/s": "TFLOP/s (of a GEMM)",
         "peak": "peak memory",
@@ -57,7 +57,7 @@ def _rows(case: Mapping[str, Any], clock: str) -> list[dict[str, str]]:
                 "case": case["name"],
                 "name": row["name"],
                 "time": _spread(timed["seconds"], duration),
-                "ratio": _spread(timed["ratio"], "{:.3f}".format) if "ratio" in timed else "",
+                "ratio": _ratio(case, row, timed),
                 "GB/s": _share(speed, "GB/s", "% of copy"),
                 "TFLOP/s": _share(speed, "TFLOP/s", "% of GEMM"),
                 "peak": f"{number(row['facts']['peak MB'])} MB"
@@ -66,6 +66,14 @@ def _rows(case: Mapping[str, Any], clock: str) -> list[dict[str, str]]:
             }
         )
     return rows
+
+
+def _ratio(case: Mapping[str, Any], row: Mapping[str, Any], timed: Mapping[str, Any]) -> str:
+    if "ratio" not in timed:
+        return ""
+    text = _spread(timed["ratio"], "{:.3f}".format)
+    against = row.get("against") or case["baseline"]
+    return text if against == case["baseline"] else f"{text} of {against}"
 
 
 def _blank(case: str, name: str, reason: str) -> dict[str, str]:
@@ -128,6 +136,8 @@ def _reason(case: Mapping[str, Any]) -> str:
 
 def _comparable(other: Mapping[str, Any], row: Mapping[str, Any]) -> bool:
     if other["name"].startswith(_FLOORS):
+        return False
+    if other.get("work", "") != row.get("work", ""):
         return False
     return other["density"] is None or other["density"] == row["density"]
 

@@ -2,7 +2,8 @@
 
 A case builds its contenders, each with what it showed (`Check`); one that failed is listed and
 never timed, and what is not built (an absent package, too little memory) says why. Ratios are
-against the case's baseline, round by round; GB/s and TFLOP/s are beside ceilings of the same run.
+round by round against the case's baseline, or where that does other work or is of another density,
+against the first that does the same; GB/s and TFLOP/s are beside ceilings of the same run.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ class Contender:
         density: the share of entries that it works on; None: it does not depend on one.
         bytes: what memory must move at least, for GB/s and its share of a measured copy.
         flops: operations, for TFLOP/s and its share of a measured product.
+        work: what it does, in a case whose contenders do not all do the same: ``"TIES"``.
     """
 
     run: Callable[[], Any] | None = None
@@ -56,6 +58,7 @@ class Contender:
     density: float | None = None
     bytes: float | None = None
     flops: float | None = None
+    work: str = ""
 
     @property
     def status(self) -> str:
@@ -138,7 +141,8 @@ class Prepared:
 
     Args:
         contenders: by name, in the order of the report.
-        baseline: whose time the others' are divided by.
+        baseline: whose time those are divided by that do the same work at its density, if it has
+            one; of the others see `_against`.
         clocks: the first is the one of ratios and targets; others are timed besides.
         targets: judged on the devices that they are for.
         derive: more facts of a contender, from the times.
@@ -207,11 +211,12 @@ def run_suite(
         - ``op``, ``shape`` (list), ``dtype``: "" and [] where the case does not say.
         - ``facts`` of the case, ``baseline`` (a contender's name), ``targets``, ``took_seconds``.
         - ``contenders``: a dict each: ``name``, ``status`` ("ok", "red", "skipped", "error"),
-          ``reason`` if not ok, ``ours``, ``density``, ``bytes``, ``flops``, ``facts``, ``checks``
-          (``name``, ``got``, ``limit``, ``passed``), and of those that were timed ``clocks``: by
-          clock ``rounds``, ``seconds``, ``host_seconds`` and, where the baseline ran, ``ratio``
-          (each ``median``, ``quartile1``, ``quartile3``, ``min``) and ``samples``; and ``speed`` by
-          the first clock's median: "GB/s", "TFLOP/s", "% of copy", "% of GEMM", those known.
+          ``reason`` if not ok, ``ours``, ``density``, ``work``, ``bytes``, ``flops``, ``facts``,
+          ``checks`` (``name``, ``got``, ``limit``, ``passed``), ``against`` (whose time this one's
+          is divided by), and of those that were timed ``clocks``: by clock ``rounds``,
+          ``seconds``, ``host_seconds`` and, where ``against`` ran, ``ratio`` (each
+          ``median``, ``quartile1``, ``quartile3``, ``min``) and ``samples``; and ``speed`` by the
+          first clock's median: "GB/s", "TFLOP/s", "% of copy", "% of GEMM", those known.
 
     Raises:
         ValueError: the glob matches nothing.
@@ -314,6 +319,8 @@ def _row(name: str, contender: Contender, case: Prepared, timings: list[Timing])
         "status": contender.status,
         "ours": contender.ours,
         "density": contender.density,
+        "work": contender.work,
+        "against": _against(name, case),
         "bytes": contender.bytes,
         "flops": contender.flops,
         "checks": [{**vars(check), "passed": check.passed} for check in contender.checks],
@@ -333,12 +340,34 @@ def _row(name: str, contender: Contender, case: Prepared, timings: list[Timing])
             "host_seconds": spread(timing.host[name]),
             "samples": timing.seconds[name],
         }
-        if case.baseline in timing.seconds:
-            clock["ratio"] = spread(timing.ratios(name, case.baseline))
+        if row["against"] in timing.seconds:
+            clock["ratio"] = spread(timing.ratios(name, row["against"]))
         row.setdefault("clocks", {})[timing.clock] = clock
     if "clocks" in row and case.derive is not None:
         row["facts"] |= case.derive(timings[0], name, contender)
     return row
+
+
+def _against(name: str, case: Prepared) -> str | None:
+    """Return whose time this one's is divided by: of the same work and density, if there is one.
+
+    The baseline if it is that, else the first competitor at that density, else the first that has
+    none: the ratio of 10 % to something at 1 %, or of one rule to another, says nothing.
+    """
+    mine, first = case.contenders[name], case.contenders.get(case.baseline)
+    if first is not None and first.work == mine.work:
+        if mine.density is None or first.density in (None, mine.density):
+            return case.baseline
+    peers = {
+        n: c.density
+        for n, c in case.contenders.items()
+        if c.work == mine.work and c.status == "ok" and not c.ours
+    }
+    for wanted in (mine.density, None):
+        for other, density in peers.items():
+            if density == wanted:
+                return other
+    return None
 
 
 def _current_device() -> torch.device:

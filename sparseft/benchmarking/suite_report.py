@@ -26,7 +26,7 @@ _ONE = {
     "case": "case",
     "name": "contender",
     "time": "time (quartiles)",
-    "ratio": "/ first of the case (quartiles)",
+    "ratio": "/ baseline (quartiles)",
     "figures": "figures",
 }
 _UNITS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "us"))
@@ -92,7 +92,7 @@ def suite_table(results: Sequence[Mapping[str, Any]], source: Mapping[str, str])
             continue
         clock = next((c for row in result["contenders"] for c in row.get("clocks", ())), "wall")
         for row in result["contenders"]:
-            cells = _row(row, [clock])
+            cells = _row(row, [clock], result["baseline"])
             rows.append(
                 {
                     "case": result["name"],
@@ -139,11 +139,11 @@ def _case(result: Mapping[str, Any]) -> str:
         columns[f"{clock} time"] = f"{clock} time (quartiles)"
         columns[f"{clock} ratio"] = f"/ {result['baseline']} (quartiles)"
     columns |= {"host": "host time", "figures": "figures"}
-    rows = [_row(row, clocks) for row in result["contenders"]]
+    rows = [_row(row, clocks, result["baseline"]) for row in result["contenders"]]
     return f"{heading}{notes}\n{markdown_table(rows, columns)}"
 
 
-def _row(row: Mapping[str, Any], clocks: Sequence[str]) -> dict[str, str]:
+def _row(row: Mapping[str, Any], clocks: Sequence[str], baseline: str) -> dict[str, str]:
     cells = {"name": row["name"], "host": ""}
     for clock in clocks:
         cells |= {f"{clock} time": "", f"{clock} ratio": ""}
@@ -154,6 +154,8 @@ def _row(row: Mapping[str, Any], clocks: Sequence[str]) -> dict[str, str]:
         cells["host"] = cells["host"] or show_time(timed["host_seconds"]["median"])
         if "ratio" in timed:
             cells[f"{clock} ratio"] = show_spread(timed["ratio"], lambda x: f"{x:.3f}")
+            if row.get("against") not in (None, baseline):
+                cells[f"{clock} ratio"] += f" of {row['against']}"
     known = {**row.get("speed", {}), **row["facts"]}
     figures = [f"{key} {_number(value)}" for key, value in known.items()]
     if row["status"] != "ok":

@@ -16,12 +16,15 @@ _HEADINGS = (
     "contender",
     "median (quartiles)",
     "x baseline (quartiles)",
+    "baseline",
     "GB/s (% of copy)",
     "TFLOP/s (% of GEMM)",
+    "peak MB",
     "checks",
 )
-_ALWAYS = (0, 1, 2, 5)
-_WIDTHS = {0: 20, 5: 12}  # at least, however narrow the terminal
+_ALWAYS = (0, 1, 2, 7)
+_LEFT = (0, 3, 7)
+_WIDTHS = {0: 20, 3: 12, 7: 12}  # at least, however narrow the terminal
 _STYLES = {"red": "bold red", "error": "bold red", "skipped": "dim", "ok": ""}
 
 
@@ -47,13 +50,13 @@ def case_table(result: Mapping[str, Any]) -> Table:
 
     case_rows = result["contenders"]
     table = Table(box=box.SIMPLE_HEAD)
-    rows = [[row["name"], *_times(row), *_shares(row), checks_text(row)] for row in case_rows]
+    rows = [_cells(row, result.get("baseline")) for row in case_rows]
     # Columns that no row fills are left out: terminals are narrow.
     kept = [n for n in range(len(_HEADINGS)) if n in _ALWAYS or any(cells[n] for cells in rows)]
     for number in kept:
         table.add_column(
             _HEADINGS[number],
-            justify="right" if 0 < number < len(_HEADINGS) - 1 else "left",
+            justify="left" if number in _LEFT else "right",
             overflow="fold",
             min_width=_WIDTHS.get(number),
         )
@@ -63,6 +66,16 @@ def case_table(result: Mapping[str, Any]) -> Table:
             style = "bold"
         table.add_row(*(Text(cells[number]) for number in kept), style=style)
     return table
+
+
+def _cells(row: Mapping[str, Any], baseline: str | None) -> list[str]:
+    against = row.get("against")
+    # What is a baseline itself shows 1.000.
+    known = against in (None, baseline, row["name"]) or "clocks" not in row
+    other = "" if known else str(against)
+    peak = row.get("facts", {}).get("peak MB")
+    memory = "" if peak is None else f"{peak:,.4g}"
+    return [row["name"], *_times(row), other, *_shares(row), memory, checks_text(row)]
 
 
 def _times(row: Mapping[str, Any]) -> tuple[str, str]:

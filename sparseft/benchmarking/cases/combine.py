@@ -63,6 +63,9 @@ def combine_case(
             for density, side in made.items():
                 name = f"ours, {label}, {percent(density)}"
                 contenders[name] = attempt(partial(side.ours, rule))
+            for name, contender in contenders.items():
+                if f", {label}" in name:
+                    contender.work = label
         return Prepared(contenders, "dense task vectors, sum")
 
     return Case(case_name(_OP, (*shape, adapters), dtype), build)

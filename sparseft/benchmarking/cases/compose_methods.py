@@ -109,6 +109,8 @@ def methods_case(shape: Shape, densities: tuple[float, ...], dtype: str) -> Case
                     made.bytes = float(numel * kind.itemsize * (count + 2))
                 contenders |= others
             del sides
+        for name, made in contenders.items():
+            made.work = next((label for label in _METHODS if label in name), "")
         facts = {"parameters": numel, "adapters": count}
         return Prepared(contenders, _plain_name("linear"), facts=facts, warmup=1, least=3)
 

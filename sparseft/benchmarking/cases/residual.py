@@ -74,7 +74,7 @@ def difference_case(shape: Shape, densities: tuple[float, ...], dtype: str) -> C
         for suffix in ("", TURNED):
             for name, make in sides.items():
                 made = contenders[name + suffix] = attempt(partial(make, bool(suffix)))
-                made.bytes = moved
+                made.bytes, made.work = moved, suffix.strip(" ,")
         return Prepared(contenders, TORCH)
 
     return Case(case_name("difference", shape, dtype), build)

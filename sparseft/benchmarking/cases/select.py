@@ -103,6 +103,7 @@ def _build(
         found[DENOISED].flops = block_flops(sides.matrices(), rank)
         for name, contender in found.items():
             contender.density, contender.bytes = density, 8.0 * numel
+            contender.work = "deltas_svd" if name in (DENOISED, LOOP) else "magnitude"
             contenders[name + suffix] = contender
     names = list(rows)
     first = f"{PEER}{names[0]}"

@@ -192,6 +192,7 @@ def single_case(shape: Shape, densities: tuple[float, ...], dtype: str) -> Case:
                     label = f"{name}{' per row' if per_row else ''}, {percent(density)}"
                     made = contenders[label] = attempt(make)
                     made.density, made.bytes = density, float(scores.numel() * kind.itemsize)
+                    made.work = "per row" if per_row else ""
         return Prepared(contenders, next(iter(contenders)), facts={"entries": scores.numel()})
 
     return Case(case_name("topk_single", shape, dtype), build)
