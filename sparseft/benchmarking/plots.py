@@ -5,13 +5,11 @@ All take lines as `read_records` and `make_records` give them, and leave out wha
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sparseft.evaluation.plot import COLOURS, MARKERS
-from sparseft.io.atomic import atomic_write
+from sparseft.io.png import COLOURS, MARKERS, blank_figure, tidy_axes, write_png
 
 __all__ = ["plot_density", "plot_roofline", "plot_speedups"]
 
@@ -39,7 +37,7 @@ def plot_density(records: Iterable[Record], path: str | Path) -> Path | None:
         return None
     across = min(_ACROSS, len(shown))
     down = -(-len(shown) // across)
-    figure = _figure(5.2 * across, 4.4 * down)
+    figure = blank_figure(5.2 * across, 4.4 * down, dpi=130)
     for number, (name, rows) in enumerate(shown.items(), start=1):
         axes = figure.add_subplot(down, across, number)
         for place, (label, points) in enumerate(_series(rows).items()):
@@ -69,8 +67,9 @@ def plot_density(records: Iterable[Record], path: str | Path) -> Path | None:
         axes.set_ylabel("times the speed of the baseline (median, quartiles)")
         axes.set_title(_plain(name), fontsize=9)
         axes.legend(fontsize=6, frameon=False)
-        _tidy(axes)
-    return _save(figure, path)
+        tidy_axes(axes)
+    write_png(figure, path)
+    return Path(path)
 
 
 def plot_roofline(records: Iterable[Record], path: str | Path) -> Path | None:
@@ -85,7 +84,7 @@ def plot_roofline(records: Iterable[Record], path: str | Path) -> Path | None:
     rows = [r for r in _timed(records) if r.get("bytes") and r.get("flops") and r.get("ceilings")]
     if not rows:
         return None
-    figure = _figure(7.2, 5.4)
+    figure = blank_figure(7.2, 5.4, dpi=130)
     axes = figure.add_subplot()
     copy = max(r["ceilings"]["copy"] for r in rows)
     products: dict[str, float] = {}
@@ -126,8 +125,9 @@ def plot_roofline(records: Iterable[Record], path: str | Path) -> Path | None:
     axes.set_ylabel("TFLOP/s")
     axes.set_title("Roofline with the ceilings measured in the run", fontsize=10)
     axes.legend(fontsize=6, frameon=False)
-    _tidy(axes)
-    return _save(figure, path)
+    tidy_axes(axes)
+    write_png(figure, path)
+    return Path(path)
 
 
 def plot_speedups(records: Iterable[Record], path: str | Path) -> Path | None:
@@ -140,7 +140,7 @@ def plot_speedups(records: Iterable[Record], path: str | Path) -> Path | None:
     rows = [r for r in rows if r["contender"] != r.get("baseline")]
     if not rows:
         return None
-    figure = _figure(8.4, 1.2 + 0.26 * len(rows))
+    figure = blank_figure(8.4, 1.2 + 0.26 * len(rows), dpi=130)
     axes = figure.add_subplot()
     values = [1 / r["ratio"]["median"] for r in rows]
     colours = [COLOURS[0] if v >= 1 else COLOURS[1] for v in values]
@@ -161,8 +161,9 @@ def plot_speedups(records: Iterable[Record], path: str | Path) -> Path | None:
     _plain_ticks(axes.xaxis, [*values, 1.0])
     axes.minorticks_off()
     axes.set_xlabel("times the speed of the case's baseline (median and quartiles of rounds)")
-    _tidy(axes)
-    return _save(figure, path)
+    tidy_axes(axes)
+    write_png(figure, path)
+    return Path(path)
 
 
 def _timed(records: Iterable[Record]) -> list[Record]:
@@ -221,16 +222,6 @@ def _plain(text: str) -> str:
     return text.replace("$", r"\$")  # else mathematics
 
 
-def _figure(wide: float, high: float) -> Any:
-    """Return a figure with the Agg canvas: neither the display nor pyplot's state is touched."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(wide, high), layout="constrained", dpi=130)
-    FigureCanvasAgg(figure)
-    return figure
-
-
 def _plain_ticks(axis: Any, speeds: Sequence[float]) -> None:
     """Label an axis of speeds with plain numbers, as many as there is room for."""
     from matplotlib.ticker import LogLocator
@@ -238,19 +229,3 @@ def _plain_ticks(axis: Any, speeds: Sequence[float]) -> None:
     wide = max(speeds) / min(speeds) > 500
     axis.set_major_locator(LogLocator(subs=(1,) if wide else (1, 2, 5)))
     axis.set_major_formatter("{x:g}")
-
-
-def _tidy(axes: Any) -> None:
-    axes.grid(color="0.9")
-    axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-
-
-def _save(figure: Any, path: str | Path) -> Path:
-    buffer = io.BytesIO()
-    # matplotlib writes its version into the file otherwise; the same records give the same bytes.
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    with atomic_write(path) as file:
-        file.write(buffer.getvalue())
-    return Path(path)

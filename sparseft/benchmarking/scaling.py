@@ -6,15 +6,13 @@ against dense fine-tuning of the same point, so that machines compare.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sparseft.benchmarking.suite import Case
-from sparseft.evaluation.plot import COLOURS, MARKERS
-from sparseft.io.atomic import atomic_write
+from sparseft.io.png import COLOURS, MARKERS, blank_figure, tidy_axes, write_png
 
 __all__ = ["AXES", "GRIDS", "Grid", "Point", "scaling_cases", "scaling_plot", "scaling_points"]
 
@@ -207,15 +205,11 @@ def scaling_plot(results: Iterable[Facts], path: str | Path) -> Path | None:
     Returns:
         The path; None if there are no points.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     points = scaling_points(results)
     if not points:
         return None
     ways = sorted({p.way for p in points}, key=lambda way: (not _is_ours(points, way), way))
-    figure = Figure(figsize=(13.0, 7.6), layout="constrained", dpi=130)
-    FigureCanvasAgg(figure)
+    figure = blank_figure(13.0, 7.6, dpi=130)
     for column, axis in enumerate(AXES, start=1):
         for row, measure in enumerate(_MEASURES):
             axes = figure.add_subplot(2, 3, 3 * row + column)
@@ -228,12 +222,8 @@ def scaling_plot(results: Iterable[Facts], path: str | Path) -> Path | None:
                 axes.set_ylabel(f"{_MEASURES[measure]} / dense fine-tuning's")
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    target = Path(path)
-    with atomic_write(target) as out:
-        out.write(buffer.getvalue())
-    return target
+    write_png(figure, path)
+    return Path(path)
 
 
 def _is_ours(points: Sequence[Point], way: str) -> bool:
@@ -253,7 +243,4 @@ def _panel(axes: Any, points: Sequence[Point], ways: Sequence[str], measure: str
             label=way,
         )
     axes.set_ylim(bottom=0)
-    axes.grid(color="0.9")
-    axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+    tidy_axes(axes)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 import os
 from collections.abc import Sequence
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sparseft.composition.overlap_groups import kind_and_layer, natural_key
-from sparseft.io.atomic import atomic_write
+from sparseft.io.png import blank_figure, write_png
 
 if TYPE_CHECKING:
     from sparseft.composition.overlap_pairs import Measure, OverlapReport
@@ -92,13 +91,7 @@ class _Grid(NamedTuple):
 
 
 def plot_overlap(report: OverlapReport, path: Path, pair: tuple[str, str] | None) -> Path:
-    """Write the PNG; the same report gives the same bytes.
-
-    Drawn with the Agg canvas directly, so neither the display nor pyplot's global state is touched.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
+    """Write the PNG; the same report gives the same bytes."""
     names = report.names
     if pair is None and len(names) == 2:
         pair = (names[0], names[1])
@@ -110,17 +103,12 @@ def plot_overlap(report: OverlapReport, path: Path, pair: tuple[str, str] | None
         grids.insert(0, (upper, _totals(report)))
     heights = [grid.height for grid, _ in grids]
     width = max(grid.width for grid, _ in grids)
-    figure = Figure(figsize=(width, sum(heights)), layout="constrained", dpi=110)
-    FigureCanvasAgg(figure)
+    figure = blank_figure(width, sum(heights), dpi=110)
     parts = figure.subfigures(len(grids), 1, height_ratios=heights, squeeze=False)[:, 0]
     for part, (grid, title) in zip(parts, grids, strict=True):
         part.suptitle(title, fontsize=11)
         _panels(part, grid)
-    buffer = io.BytesIO()
-    # matplotlib writes its version into the file otherwise; the same report gives the same bytes.
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    with atomic_write(path) as file:
-        file.write(buffer.getvalue())
+    write_png(figure, path)
     return path
 
 

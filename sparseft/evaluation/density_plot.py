@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sparseft.evaluation.comparison import mean_cell
-from sparseft.evaluation.plot import COLOURS, MARKERS
-from sparseft.io.atomic import atomic_write
+from sparseft.io.png import COLOURS, MARKERS, blank_figure, tidy_axes, write_png
 
 if TYPE_CHECKING:
     from sparseft.evaluation.report import Results
@@ -20,17 +18,12 @@ def plot_densities(results: Results, path: str | Path, metric: str) -> None:
     """Write a PNG: mean over the target languages (with none, the source's score) by density, bars
     for the deviation over seeds.
 
-    Settings without a density (full fine-tuning) are dashed lines. Drawn with the Agg canvas
-    directly, so neither the display nor pyplot's global state is touched.
+    Settings without a density (full fine-tuning) are dashed lines.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     summaries = [(s, cell) for s in results.summary(metric) if (cell := mean_cell(s)) is not None]
     densities = sorted({s.density for s, _ in summaries if s.density is not None})
     names = list(dict.fromkeys(s.setting for s, _ in summaries))
-    figure = Figure(figsize=(6.4, 4.6), layout="constrained", dpi=150)
-    FigureCanvasAgg(figure)
+    figure = blank_figure(6.4, 4.6, dpi=150)
     axes = figure.add_subplot()
     steps = [b / a for a, b in zip(densities, densities[1:], strict=False)]
     spread = min([1.15, *(step**0.25 for step in steps)])
@@ -67,16 +60,9 @@ def plot_densities(results: Results, path: str | Path, metric: str) -> None:
     axes.set_xlabel("density of the mask")
     axes.set_ylabel(f"{metric.replace('_', '-')} x 100")
     axes.set_title(results.title, fontsize=11)
-    axes.grid(color="0.9")
-    axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+    tidy_axes(axes)
     columns = max(1, min(4, 64 // (6 + max(map(len, names), default=1))))
     figure.legend(
         loc="outside lower center", ncols=min(columns, len(names)), frameon=False, fontsize=9
     )
-    buffer = io.BytesIO()
-    # matplotlib writes its version into the file otherwise; the same results give the same bytes.
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    with atomic_write(path) as file:
-        file.write(buffer.getvalue())
+    write_png(figure, path)

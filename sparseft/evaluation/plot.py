@@ -2,32 +2,21 @@
 
 from __future__ import annotations
 
-import io
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sparseft.data.languages import builtin_languages
-from sparseft.io.atomic import atomic_write
+from sparseft.io.png import COLOURS, MARKERS, blank_figure, tidy_axes, write_png
 
 if TYPE_CHECKING:
     from sparseft.evaluation.report import Results
 
 __all__ = ["plot_results"]
 
-# Okabe and Ito: told apart by the colour-blind, and in grey by the markers.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-
 
 def plot_results(results: Results, path: str | Path, metric: str) -> None:
-    """Write a PNG of one metric: each language's mean and deviation in each setting, then the mean.
-
-    Drawn with the Agg canvas directly, so neither the display nor pyplot's global state is touched.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
+    """Write a PNG of one metric: each language's mean and deviation by setting, then the mean."""
     summaries = results.summary(metric)
     languages = results.languages()
     names = builtin_languages()
@@ -37,8 +26,7 @@ def plot_results(results: Results, path: str | Path, metric: str) -> None:
     longest = max((len(s.label) for s in summaries), default=1)
     columns = max(1, min(4, len(summaries), round(8 * wide) // (6 + longest)))
     legend = math.ceil(len(summaries) / columns)  # lines of it, below the axes
-    figure = Figure(figsize=(wide, 4.0 + 0.2 * legend), layout="constrained", dpi=150)
-    FigureCanvasAgg(figure)
+    figure = blank_figure(wide, 4.0 + 0.2 * legend, dpi=150)
     axes = figure.add_subplot()
     width = 0.6 / max(1, len(summaries))
     for i, s in enumerate(summaries):
@@ -67,13 +55,6 @@ def plot_results(results: Results, path: str | Path, metric: str) -> None:
     axes.set_xlim(-0.5, places - 0.5)
     axes.set_ylabel(f"{metric.replace('_', '-')} x 100")
     axes.set_title(results.title, fontsize=11)
-    axes.grid(axis="y", color="0.9")
-    axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+    tidy_axes(axes, grid="y")
     figure.legend(loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
-    buffer = io.BytesIO()
-    # matplotlib writes its version into the file otherwise; the same results give the same bytes.
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    with atomic_write(path) as file:
-        file.write(buffer.getvalue())
+    write_png(figure, path)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 from sparseft._text import human_bytes
-from sparseft.evaluation.plot import COLOURS
-from sparseft.io.atomic import atomic_write
+from sparseft.io.png import COLOURS, blank_figure, tidy_axes, write_png
 from sparseft.profiling.memory import PARTS, MemoryUse
 from sparseft.profiling.profiles import Profile
 from sparseft.profiling.report import label_of, lines_above
@@ -22,18 +20,12 @@ _HIGHEST_LIMIT = 1.6
 
 
 def plot_profile(found: Profile, path: str | Path) -> None:
-    """Write a PNG of every way's peak memory by part, in GiB; hatched bars are predictions.
-
-    Drawn with the Agg canvas directly, so neither the display nor pyplot's global state is touched.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    """Write a PNG of every way's peak memory by part, in GiB; hatched bars are predictions."""
     from matplotlib.patches import Patch
 
     rows = [row for row in found.rows if row.predicted is not None or row.measured is not None]
     measured = any(row.measured is not None for row in rows)
-    figure = Figure(figsize=(max(6.5, 1.8 + 0.9 * len(rows)), 5.2), layout="constrained", dpi=150)
-    FigureCanvasAgg(figure)
+    figure = blank_figure(max(6.5, 1.8 + 0.9 * len(rows)), 5.2, dpi=150)
     axes = figure.add_subplot()
     colours = dict(zip(PARTS, COLOURS, strict=False))
     shift = _WIDTH / 2 if measured else 0.0
@@ -70,10 +62,7 @@ def plot_profile(found: Profile, path: str | Path) -> None:
     axes.set_ylim(0, 1.22 * highest or 1)  # room for the figures above the bars
     axes.set_ylabel("peak memory of a step, GiB")
     axes.set_title(lines_above(found)[0], fontsize=9)
-    axes.grid(axis="y", color="0.9")
-    axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+    tidy_axes(axes, grid="y")
     handles = [Patch(color=colours[part], label=_NAMES.get(part, part)) for part in PARTS]
     handles.append(
         Patch(facecolor="white", edgecolor="0.3", hatch="////", label="hatched: predicted")
@@ -81,11 +70,7 @@ def plot_profile(found: Profile, path: str | Path) -> None:
     if measured:
         handles.append(Patch(facecolor="white", edgecolor="0.3", label="plain: measured"))
     figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
-    buffer = io.BytesIO()
-    # matplotlib writes its version into the file otherwise; the same figures give the same bytes.
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    with atomic_write(path) as file:
-        file.write(buffer.getvalue())
+    write_png(figure, path)
 
 
 def _bar(axes, use: MemoryUse, place: float, hatch: str, colours: dict[str, str]) -> None:

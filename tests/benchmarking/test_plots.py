@@ -83,8 +83,8 @@ def axes(monkeypatch):
         def add_subplot(self, *place):
             return axes
 
-    monkeypatch.setattr(plots, "_figure", lambda wide, high: Figure())
-    monkeypatch.setattr(plots, "_save", lambda figure, path: path)
+    monkeypatch.setattr(plots, "blank_figure", lambda wide, high, dpi: Figure())
+    monkeypatch.setattr(plots, "write_png", lambda figure, path: None)
     return axes
 
 
