@@ -7,7 +7,10 @@ libraries take without torch's allocator (MKL, oneDNN, the CUDA context) is in n
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import os
+import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -91,7 +94,8 @@ class Allocations:
             self._profile = torch.profiler.profile(
                 activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
             )
-            self._profile.__enter__()
+            with _without_its_marks():
+                self._profile.__enter__()
             torch.empty(_PROBE, dtype=torch.int8)  # freed at once; `_replay` looks for it
         return self
 
@@ -112,7 +116,8 @@ class Allocations:
         if self.device.type == "cuda":
             self._read("")
         else:
-            self._profile.__exit__(kind, error, trace)
+            with _without_its_marks():
+                self._profile.__exit__(kind, error, trace)
             self._replay(self._profile.profiler.kineto_results.events())
             self._profile = None
         self.peak = max((s.peak for s in self.stretches), default=0)
@@ -146,6 +151,31 @@ class Allocations:
                 peak, seen = level, seen + 1
         self.stretches.append(Stretch("", peak, level))
         self.complete = probed and seen == len(self._names)
+
+
+@contextlib.contextmanager
+def _without_its_marks() -> Iterator[None]:
+    """Keep the profiler's "USDT:... profiler_start" from the terminal, and nothing else.
+
+    torch 2.13 writes such a line at each start and stop. Its log level would hide errors too, which
+    rank below. What is written meanwhile is held back and passed on, those lines aside.
+    """
+    try:
+        terminal = os.dup(2)
+    except OSError:  # closed
+        yield
+        return
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(terminal, 2)
+            os.close(terminal)
+            held.seek(0)
+            rest = b"".join(line for line in held if not line.startswith(b"USDT:"))
+            if rest:
+                os.write(2, rest)
 
 
 def peak_of(step: Callable[[], Any], device: torch.device | str = "cpu", *, runs: int = 2) -> int:

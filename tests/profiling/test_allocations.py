@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
@@ -86,3 +88,19 @@ def test_a_lost_record_is_noticed(monkeypatch):
     with pytest.raises(RecordLostError, match="0 of 6"):
         peak_of(lambda: calls.append(mib(1)))
     assert len(calls) == allocations._TRIES
+
+
+def test_the_profilers_marks_stay_off_the_terminal_and_nothing_else_does(capfd, monkeypatch):
+    real = allocations.torch.profiler.profile
+
+    class Loud(real):
+        def __enter__(self):
+            os.write(2, b"USDT:2026 it.cpp:52] profiler_start\na real error\n")
+            return super().__enter__()
+
+    monkeypatch.setattr(allocations.torch.profiler, "profile", Loud)
+    with Allocations() as memory:
+        os.write(2, b"what the block says\n")
+        mib(1)
+    assert memory.peak == MIB
+    assert capfd.readouterr().err == "a real error\nwhat the block says\n"
