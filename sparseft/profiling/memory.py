@@ -24,6 +24,8 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
 
+__all__ = ["PARTS", "MemoryUse", "split"]
+
 PARTS = ("weights", "diff", "gradients", "optimizer", "activations", "temporary")
 
 

@@ -23,7 +23,6 @@ from sparseft.benchmarking.cases import composable_sft as peer
 from sparseft.benchmarking.cases.asked import check_densities, check_shape, percent, torch_dtype
 from sparseft.benchmarking.cases.compose_sides import (
     DTYPES,
-    MODELS,
     Active,
     Add,
     Move,
@@ -42,8 +41,6 @@ from sparseft.composition import Composer
 
 __all__ = [
     "BENCHES",
-    "DTYPES",
-    "MODELS",
     "compose_case",
     "compose_cases",
     "grid_case",

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sparseft.adapter import Adapter
+from sparseft.benchmarking import catalogue
 from sparseft.benchmarking.cases import composable_sft as peer
 from sparseft.benchmarking.cases.encoders import MODELS, Model, build_model
 from sparseft.benchmarking.checks import Check, as_accurate, equal_bits, worst
@@ -31,7 +32,7 @@ __all__ = [
     "walked",
 ]
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {name: getattr(torch, dtype) for name, dtype in catalogue.DTYPES.items()}
 
 # Place of an adapter -> its coefficient.
 Active = Mapping[int, float]
