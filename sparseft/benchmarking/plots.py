@@ -20,7 +20,7 @@ _LONGEST = 44  # letters of a label
 
 
 def plot_density(records: Iterable[Record], path: str | Path) -> Path | None:
-    """Draw speed against density, in times the baseline's: a panel a case.
+    """Draw speed against density, in times its baseline's (``against``): a panel a case.
 
     What has no density is a dashed line; ours are thick.
 
@@ -64,7 +64,7 @@ def plot_density(records: Iterable[Record], path: str | Path) -> Path | None:
         axes.minorticks_off()
         _plain_ticks(axes.yaxis, [1 / r["ratio"]["median"] for r in rows])
         axes.set_xlabel("density")
-        axes.set_ylabel("times the speed of the baseline (median, quartiles)")
+        axes.set_ylabel("times the speed of its baseline (median, quartiles)")
         axes.set_title(_plain(name), fontsize=9)
         axes.legend(fontsize=6, frameon=False)
         tidy_axes(axes)
@@ -131,7 +131,7 @@ def plot_roofline(records: Iterable[Record], path: str | Path) -> Path | None:
 
 
 def plot_speedups(records: Iterable[Record], path: str | Path) -> Path | None:
-    """Draw a bar for each row of ours: how many times faster than its case's baseline.
+    """Draw a bar for each row of ours: how many times faster than its baseline (``against``).
 
     Returns:
         The path; None if nothing of ours was timed beside a baseline.
@@ -160,7 +160,7 @@ def plot_speedups(records: Iterable[Record], path: str | Path) -> Path | None:
     axes.set_xscale("log")
     _plain_ticks(axes.xaxis, [*values, 1.0])
     axes.minorticks_off()
-    axes.set_xlabel("times the speed of the case's baseline (median and quartiles of rounds)")
+    axes.set_xlabel("times the speed of its baseline (median and quartiles of rounds)")
     tidy_axes(axes)
     write_png(figure, path)
     return Path(path)
