@@ -7,6 +7,7 @@ import contextlib
 import gc
 import os
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -111,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
         if args.threads is not None:
             torch.set_num_threads(args.threads)
         with _without_compiling(size == "tiny"):
-            if args.compare:
+            if args.compare is not None:
                 from sparseft.cli._bench_compare import compare
 
                 return compare(args, planned, device, quick=size == "tiny")
@@ -144,8 +145,26 @@ def _check_numbers(args: argparse.Namespace, device: torch.device) -> None:
         raise OptionError("--plot draws into a folder: add --out DIR.")
     if args.out is not None and args.out.exists() and not args.out.is_dir():
         raise OptionError(f"--out {args.out} is a file; wanted a folder.")
+    # That they can be written is known before hours of measuring.
+    if args.out is not None:
+        _try_out(args.out)
     if args.json not in (None, "-"):
-        append_records(args.json, [])  # that it can be written is known before hours of measuring
+        if Path(args.json).is_dir():
+            raise OptionError(f"--json {args.json} is a folder; wanted a file, or - to print.")
+        try:
+            append_records(args.json, [])
+        except OSError as error:
+            raise OptionError(f"--json {args.json}: {error.strerror or error}.") from None
+
+
+def _try_out(folder: Path) -> None:
+    from sparseft.errors import OptionError
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise OptionError(f"--out {folder}: {error.strerror or error}.") from None
 
 
 @contextlib.contextmanager
@@ -195,7 +214,7 @@ def _measure(
     console = console_of(args)
     source = suite_source(device, tiny=quick)
     dtypes = list(dict.fromkeys(plan.dtype for plan in planned if not plan.skipped)) or ["fp32"]
-    ceilings = measure_ceilings(device, dtypes, quick=quick)
+    ceilings = measure_ceilings(device, dtypes, quick=quick, clock=args.clock)
     source |= {"seed": "0", "ceilings": str(ceilings)}
     for key, value in source.items():
         console.print(f"{key}: {value}", highlight=False, markup=False)

@@ -41,22 +41,34 @@ def test_what_is_measured_here_is_plausible():
     assert "GB/s; GEMM fp32" in str(found)
 
 
+def test_they_are_read_from_the_clock_of_the_figures_beside_them(monkeypatch):
+    clocks = []
+
+    def clocked(contenders, *, clock, **options):
+        clocks.append(clock)
+        return Timing(clock, {"it": [1.0, 2.0]})
+
+    monkeypatch.setattr(module, "rotate", clocked)
+    measure_ceilings("cpu", ["fp32"], quick=True, clock="cpu")
+    assert set(clocks) == {"cpu"}
+
+
 def test_slow_machines_get_smaller_products(monkeypatch):
     sides = []
     real = module._square
     monkeypatch.setattr(module, "_square", lambda n, *a: sides.append(n) or real(8, *a))
     # 256 takes 30 ms: 512 would take 0.24 s, and is the smallest there is.
-    monkeypatch.setattr(module, "_fastest", lambda run, device: 30e-3)
-    module._gemm(torch.float32, torch.device("cpu"), quick=False)
-    monkeypatch.setattr(module, "_fastest", lambda run, device: 1e-3)
-    module._gemm(torch.float32, torch.device("cpu"), quick=False)
+    monkeypatch.setattr(module, "_fastest", lambda *a: 30e-3)
+    module._gemm(torch.float32, torch.device("cpu"), quick=False, clock=None)
+    monkeypatch.setattr(module, "_fastest", lambda *a: 1e-3)
+    module._gemm(torch.float32, torch.device("cpu"), quick=False, clock=None)
     assert sides == [256, 512, 256, 1024]
 
 
 def test_the_copied_buffer_fits_into_memory(monkeypatch):
     asked = []
     monkeypatch.setattr(module, "memory_free", lambda device: 100 << 20)
-    monkeypatch.setattr(module, "_copy_seconds", lambda size, device: asked.append(size) or 1.0)
+    monkeypatch.setattr(module, "_copy_seconds", lambda size, *a: asked.append(size) or 1.0)
     measure_ceilings("cpu", [])
     assert asked == [16 << 20]
 

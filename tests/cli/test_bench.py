@@ -33,9 +33,11 @@ def bench(monkeypatch, adding, capsys):
     ops = {"adding": adding(), "wrong": adding("wrong", wrong=True), "plain": plain}
     monkeypatch.setitem(vars(cases), "OPS", ops)  # without loading the real ones
 
-    def measure(device, dtypes, *, quick):
+    def measure(device, dtypes, *, quick, clock):
+        seen.append(clock)
         return Ceilings(copy=1e10, gemm=dict.fromkeys(dtypes, 1e12))
 
+    seen = []
     monkeypatch.setattr(ceilings, "measure_ceilings", measure)
 
     def run(*words):
@@ -43,6 +45,7 @@ def bench(monkeypatch, adding, capsys):
         out, err = capsys.readouterr()
         return code, out, err
 
+    run.clocks = seen
     return run
 
 
@@ -210,8 +213,26 @@ def test_what_cannot_be_written_is_said_before_measuring(bench, tmp_path):
     assert (code, out) == (2, "")
     assert "the last line is cut off" in err
     code, out, err = bench("--op", "adding", "--json", str(tmp_path / "file" / "x.jsonl"))
-    assert (code, out) == (1, "")
-    assert "file" in err
+    assert (code, out) == (2, "")
+    assert "--json" in err
+    code, out, err = bench("--op", "adding", "--json", str(tmp_path))
+    assert (code, out) == (2, "")
+    assert f"--json {tmp_path} is a folder; wanted a file" in err
+    code, out, err = bench("--op", "adding", "--out", str(tmp_path / "file" / "x"))
+    assert (code, out) == (2, "")
+    assert "--out" in err
+
+
+def test_ceilings_are_of_the_clock_of_the_times(bench):
+    bench("--op", "adding", "--size", "tiny", "--threads", "1", "--clock", "cpu")
+    bench("--op", "adding", "--size", "tiny")
+    assert bench.clocks == ["cpu", None]
+
+
+def test_no_revision_is_no_run_without_one(bench):
+    code, out, err = bench("--op", "adding", "--size", "tiny", "--compare", "")
+    assert code == 2
+    assert "--compare '': wanted a revision" in err
 
 
 def test_threads_are_as_before_afterwards(bench, monkeypatch):
