@@ -287,6 +287,9 @@ def _show(console: Console, result: Mapping[str, Any]) -> None:
 
     bad = result["status"] in ("red", "error")
     console.print(Text(case_title(result), style="bold red" if bad else "bold"))
+    for key, value in result.get("facts", {}).items():
+        if isinstance(value, str):  # what is counted, and how; numbers are in the report
+            console.print(Text(f"{key}: {value}", style="dim"))
     if "contenders" in result:
         console.print(case_table(result))
 

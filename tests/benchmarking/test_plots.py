@@ -14,6 +14,7 @@ def record(contender, *, density=None, ours=True, **words):
     return {
         "case": "add/8x8/fp32",
         "op": "add",
+        "dtype": "fp32",
         "contender": contender,
         "status": "ok",
         "ours": ours,
@@ -32,7 +33,7 @@ RECORDS = [
     record("dense", ours=False, ratio=dict.fromkeys(SPREAD, 1.0)),
     record("ours, 1%", density=0.01),
     record("ours, 10%", density=0.1),
-    record("gather $x$, 1%", density=0.01, ours=False),
+    record("gather $x$, 1%", density=0.01, ours=False, dtype="bf16"),
     record("red one", status="red", median=None, ratio=None),
 ]
 
@@ -111,6 +112,24 @@ def test_the_roofline_has_the_measured_ceilings_and_hollow_competitors(axes):
     assert ours[0][1] == pytest.approx([4e-3] * 2)
     assert others[1]["markerfacecolor"] == "none"
     assert ours[1]["markerfacecolor"] != "none"
+
+
+def test_the_slope_ends_at_the_roof_even_if_all_is_right_of_it(axes):
+    plot_roofline(
+        [record("ours", flops=4e9)], "x.png"
+    )  # 4000 operations a byte; the ridge is at 10
+    slope, fp32, _ = axes.of("plot")
+    assert slope[0][0][0] < slope[0][0][1] == pytest.approx(10)
+    assert slope[0][1][0] < slope[0][1][1] == pytest.approx(0.1)
+    assert fp32[0][0][1] > 4000
+
+
+def test_operations_that_some_skip_are_said_to_be_the_dense_form_s(axes):
+    plot_roofline([record("ours")], "x.png")
+    facts = {"operations": "those of the dense product, for everyone"}
+    plot_roofline([record("ours", case_facts=facts)], "x.png")
+    labels = [arguments[0] for arguments, _ in axes.of("set_ylabel")]
+    assert labels == ["TFLOP/s", "TFLOP/s, counted as in the dense form"]
 
 
 def test_bars_start_at_the_baseline(axes):
