@@ -21,7 +21,7 @@ examples:
   sparseft profile --model xlmr-base --density 0.001 0.01 0.1 1.0
   sparseft profile --model my-model/ --task classification --batch 16 --length 256
   sparseft profile --model 7b --dtype bf16 --base 4bit --checkpointing --batch 1 --length 2048 \\
-      --fits 24GiB 80GiB                          in seconds, without memory and without a GPU
+      --device cuda --predict-only --fits 24GiB 80GiB     seconds a row, no memory, no GPU
   sparseft profile --model 13b --dtype bf16 --world-size 8 --device cuda --predict-only
   sparseft profile --model encoder:12x384x25000 --out profile/       JSON and a PNG of bars
 

@@ -1,8 +1,9 @@
 """What a training step costs before it is run and when it is: memory by part, time, tokens/s.
 
 `memory` defines the parts; `workload` says what is trained, `sizes` and `models` which model that
-is, `sides` builds the ways to train; `predict` says their memory without allocating it, `measure`
-runs them; `profile` does both for several densities, as `sparseft profile` shows it:
+is, `trained` which of its entries, `sides` builds the ways to train; `predict` says their memory
+without allocating it, `measure` runs them; `profile` does both for several densities, as `sparseft
+profile` shows it:
 
     from sparseft.profiling import Workload, profile
 

@@ -23,10 +23,18 @@ from torch import Tensor, nn
 
 from sparseft.attachment import attach
 from sparseft.ops.spmm import segment_spmm
-from sparseft.profiling import sides
 from sparseft.profiling.equal_count import equal_ranks
 from sparseft.profiling.models import build_inputs, build_model
-from sparseft.profiling.sides import Built, masked_names
+from sparseft.profiling.sides import Built
+from sparseft.profiling.trained import (
+    draw_patterns,
+    freeze,
+    head_names,
+    linear_layers,
+    make_optimizer,
+    masked_count,
+    numel_of,
+)
 from sparseft.profiling.workload import Unavailable, Way, Workload
 
 __all__ = ["build_quantised"]
@@ -121,13 +129,8 @@ def build_quantised(workload: Workload, way: Way, device: torch.device | str) ->
     where = torch.device(device)
     model, task = build_model(workload, where)
     inputs = build_inputs(workload, model, task, where)
-    output = getattr(model, "get_output_embeddings", lambda: None)()
-    names = set(masked_names(model))
-    layers = {
-        name: module
-        for name, module in model.named_modules()
-        if f"{name}.weight" in names and isinstance(module, nn.Linear) and module is not output
-    }
+    found = linear_layers(model).items()
+    layers = {name: module for name, module in found if isinstance(module, nn.Linear)}
     if not layers:
         raise Unavailable(f"model {workload.model!r} has no nn.Linear in its body to quantise.")
     maker = {"attached": _attached, "lora": _lora, "frozen": _frozen}[way.kind]
@@ -154,8 +157,8 @@ def _bits(workload: Workload) -> int:
 def _attached(
     model: nn.Module, workload: Workload, way: Way, layers: dict[str, nn.Linear]
 ) -> Built:
-    patterns = sides._patterns(model, workload, way)
-    heads = sides._head_names(model)
+    patterns = draw_patterns(model, workload, way)
+    heads = head_names(model)
     beside = {name: patterns.pop(f"{name}.weight") for name in layers}
     made = _quantise(model, layers, _bits(workload))
     model.requires_grad_(False)
@@ -164,15 +167,15 @@ def _attached(
         layer.mask(beside[name].indices)
     leaves = [layer.diff_weight for layer in made.values()]
     trained = [*leaves, *(() if attachment is None else attachment.parameters())]
-    optimizer = sides._optimizer(workload, trained, ours=True)
-    head = sides._numel(model, heads)
+    optimizer = make_optimizer(workload, trained, ours=True)
+    head = numel_of(model, heads)
     count = sum(p.numel() for p in trained)
     return Built(workload, way, model, optimizer, attachment, {}, count, head)
 
 
 def _lora(model: nn.Module, workload: Workload, way: Way, layers: dict[str, nn.Linear]) -> Built:
-    wanted = sides._count(model, way)
-    heads = sides._head_names(model)
+    wanted = masked_count(model, way)
+    heads = head_names(model)
     model.requires_grad_(False)
     for name in heads:
         model.get_parameter(name).requires_grad_(True)
@@ -182,11 +185,12 @@ def _lora(model: nn.Module, workload: Workload, way: Way, layers: dict[str, nn.L
         if ranks[name]:
             layer.adapt(ranks[name], dtype)
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = sides._optimizer(workload, trained, ours=False)
-    head = sides._numel(model, heads)
+    optimizer = make_optimizer(workload, trained, ours=False)
+    head = numel_of(model, heads)
     return Built(workload, way, model, optimizer, None, {}, sum(p.numel() for p in trained), head)
 
 
 def _frozen(model: nn.Module, workload: Workload, way: Way, layers: dict[str, nn.Linear]) -> Built:
     _quantise(model, layers, _bits(workload))
-    return sides._frozen(model, workload, way)
+    freeze(model)
+    return Built(workload, way, model, None, None, {}, 0, 0)

@@ -22,17 +22,24 @@ import torch
 from torch import Tensor, nn
 
 from sparseft.attachment import Attachment, attach
-from sparseft.diff import SparsePattern
 from sparseft.modules.names import ParameterIndex
-from sparseft.optim import SparseAdamW
 from sparseft.profiling.equal_count import equal_ranks
-from sparseft.profiling.masks import count_at, exact_pattern
+from sparseft.profiling.masks import exact_pattern
 from sparseft.profiling.models import TORCH_DTYPES, build_inputs, build_model, faked, load_config
+from sparseft.profiling.trained import (
+    draw_patterns,
+    freeze,
+    head_names,
+    linear_layers,
+    make_optimizer,
+    masked_count,
+    masked_names,
+    numel_of,
+)
 from sparseft.profiling.workload import Unavailable, Way, Workload
 
-__all__ = ["Built", "build", "load_config", "masked_names"]
+__all__ = ["Built", "build", "load_config"]
 
-LR = 1e-4
 Facts = dict[str, Any]
 
 
@@ -136,82 +143,11 @@ def build(workload: Workload, way: Way, device: torch.device | str) -> Built:
     return built
 
 
-def masked_names(model: nn.Module) -> list[str]:
-    """Canonical names of the weights that a mask is on: linear layers and embeddings, no head."""
-    from transformers.pytorch_utils import Conv1D
-
-    index = ParameterIndex(model)
-    heads = set(_head_names(model))
-    return [
-        name
-        for name in index.names
-        if name not in heads
-        and any(
-            attr == "weight" and isinstance(module, nn.Linear | nn.Embedding | Conv1D)
-            for module, attr in index.owners(name)
-        )
-    ]
-
-
-def _head_names(model: nn.Module) -> list[str]:
-    """Parameters that a pre-trained model does not have: all outside its body, of a classifier.
-
-    The output layer of a language model is pre-trained.
-    """
-    if "SequenceClassification" not in type(model).__name__:
-        return []
-    body = f"{model.base_model_prefix}."
-    return [name for name in ParameterIndex(model).names if not name.startswith(body)]
-
-
-def _numel(model: nn.Module, names: list[str]) -> int:
-    return sum(model.get_parameter(name).numel() for name in names)
-
-
-def _count(model: nn.Module, way: Way) -> int:
-    """Entries that masks of this density keep."""
-    tensors = (model.get_parameter(name) for name in masked_names(model))
-    return sum(count_at(way.share, weight.numel()) for weight in tensors)
-
-
-def _patterns(model: nn.Module, workload: Workload, way: Way) -> dict[str, SparsePattern]:
-    """The same entries for every way, whatever has been drawn before."""
-    patterns = {}
-    for number, name in enumerate(masked_names(model)):
-        weight = model.get_parameter(name)
-        patterns[name] = exact_pattern(
-            tuple(weight.shape),
-            way.share,
-            device=weight.device,
-            seed=workload.seed + number,
-            packed=way.variant == "packed",
-        )
-    return patterns
-
-
-def _optimizer(workload: Workload, parameters: list[Any], *, ours: bool) -> torch.optim.Optimizer:
-    kind = workload.optimizer
-    if kind == "sgd":
-        return torch.optim.SGD(parameters, lr=LR)
-    if kind == "adamw_8bit":
-        # On fake tensors ours stands for bitsandbytes': the same bytes per entry and block.
-        if ours or faked():
-            return SparseAdamW(parameters, lr=LR, weight_decay=0.0, moment_bits=8)
-        if importlib.util.find_spec("bitsandbytes") is None:
-            raise Unavailable("bitsandbytes is not installed (pip install bitsandbytes)")
-        theirs: Any = importlib.import_module("bitsandbytes.optim")
-        return theirs.AdamW8bit(parameters, lr=LR, weight_decay=0.0)
-    if kind == "sparse_adamw" and ours:
-        return SparseAdamW(parameters, lr=LR, weight_decay=0.0)
-    fused = None if kind == "adamw_torch" else True
-    return torch.optim.AdamW(parameters, lr=LR, weight_decay=0.0, fused=fused)
-
-
 def _attached(model: nn.Module, workload: Workload, way: Way) -> Built:
-    heads = _head_names(model)
-    attachment = attach(model, _patterns(model, workload, way), full_params=heads)
-    optimizer = _optimizer(workload, list(attachment.parameters()), ours=True)
-    head = _numel(model, heads)
+    heads = head_names(model)
+    attachment = attach(model, draw_patterns(model, workload, way), full_params=heads)
+    optimizer = make_optimizer(workload, list(attachment.parameters()), ours=True)
+    head = numel_of(model, heads)
     return Built(workload, way, model, optimizer, attachment, {}, attachment.nnz + head, head)
 
 
@@ -221,56 +157,44 @@ def _trained(model: nn.Module, workload: Workload, way: Way, names: list[str]) -
     for name, parameter in ParameterIndex(model).items():
         parameter.requires_grad_(name in chosen)
     parameters = [model.get_parameter(name) for name in names]
-    optimizer = _optimizer(workload, parameters, ours=False)
-    head = _numel(model, [name for name in _head_names(model) if name in chosen])
-    return Built(workload, way, model, optimizer, None, {}, _numel(model, names), head)
+    optimizer = make_optimizer(workload, parameters, ours=False)
+    head = numel_of(model, [name for name in head_names(model) if name in chosen])
+    return Built(workload, way, model, optimizer, None, {}, numel_of(model, names), head)
 
 
 def _dense(model: nn.Module, workload: Workload, way: Way) -> Built:
     if way.variant == "matrices":
-        return _trained(model, workload, way, masked_names(model) + _head_names(model))
+        return _trained(model, workload, way, masked_names(model) + head_names(model))
     return _trained(model, workload, way, ParameterIndex(model).names)
 
 
 def _gradient_mask(model: nn.Module, workload: Workload, way: Way) -> Built:
-    built = _trained(model, workload, way, masked_names(model) + _head_names(model))
-    for name, pattern in _patterns(model, workload, way).items():
+    built = _trained(model, workload, way, masked_names(model) + head_names(model))
+    for name, pattern in draw_patterns(model, workload, way).items():
         weight = model.get_parameter(name)
         mask = torch.zeros(weight.shape, dtype=weight.dtype, device=weight.device)
         mask.view(-1)[pattern.indices.long()] = 1
         built.masks[name] = mask
-    built.trainable = _count(model, way) + built.head
+    built.trainable = masked_count(model, way) + built.head
     return built
-
-
-def _linear_layers(model: nn.Module) -> dict[str, Any]:
-    """Linear layers with a masked weight, the output layer aside, as adapters have them."""
-    names = set(masked_names(model))
-    output = getattr(model, "get_output_embeddings", lambda: None)()
-    found = {}
-    for name, module in model.named_modules():
-        if f"{name}.weight" in names and not isinstance(module, nn.Embedding):
-            if module is not output:
-                found[name] = module
-    return found
 
 
 def _peft_base(model: nn.Module) -> tuple[list[str], list[str]]:
     """Return (modules of the new head, names of its parameters)."""
-    heads = _head_names(model)
+    heads = head_names(model)
     return sorted({name.split(".")[0] for name in heads}), heads
 
 
 def _lora(model: nn.Module, workload: Workload, way: Way) -> Built:
     from peft import LoraConfig, get_peft_model
 
-    wanted = _count(model, way)
-    layers = _linear_layers(model)
+    wanted = masked_count(model, way)
+    layers = linear_layers(model)
     costs = {name: _features(module) for name, module in layers.items()}
     ranks = {name: rank for name, rank in equal_ranks(costs, wanted).items() if rank}
     low = min(ranks.values())
     modules, heads = _peft_base(model)
-    head = _numel(model, heads)
+    head = numel_of(model, heads)
     config = LoraConfig(
         r=low,
         lora_alpha=2 * low,
@@ -330,12 +254,12 @@ def _shira(model: nn.Module, workload: Workload, way: Way) -> Built:
 
     if faked():
         raise Unavailable("SHiRA's torch.sparse_coo_tensor has no backward on fake tensors")
-    layers = _linear_layers(model)
+    layers = linear_layers(model)
     if not all(isinstance(module, nn.Linear) for module in layers.values()):
         raise Unavailable("PEFT's SHiRA is for nn.Linear, and this model has other linear layers")
-    wanted = _count(model, way)
+    wanted = masked_count(model, way)
     modules, heads = _peft_base(model)
-    head = _numel(model, heads)
+    head = numel_of(model, heads)
     config = ShiraConfig(r=1, target_modules=list(layers), modules_to_save=modules or None)
     config.mask_fn = None  # its own draw makes a mask and a permutation of the weight's size
     tuned = get_peft_model(model, config)
@@ -364,20 +288,12 @@ def _peft_built(tuned: Any, workload: Workload, way: Way, head: int, wanted: int
     facts: Facts = {}
     if abs(off) > 0.01:
         facts["count"] = f"{off:+.1%} of the attached mask's"
-    optimizer = _optimizer(workload, parameters, ours=False)
+    optimizer = make_optimizer(workload, parameters, ours=False)
     return Built(workload, way, tuned, optimizer, None, {}, trainable, head, facts=facts)
 
 
-def _frozen(model: Any, workload: Workload, way: Way) -> Built:
-    model.requires_grad_(False)
-
-    def require_grad(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-        return output.requires_grad_()
-
-    shared = model.get_input_embeddings().weight
-    for module in model.modules():  # encoder and decoder may each have a module of the same weight
-        if isinstance(module, nn.Embedding) and module.weight is shared:
-            module.register_forward_hook(require_grad)
+def _frozen(model: nn.Module, workload: Workload, way: Way) -> Built:
+    freeze(model)
     return Built(workload, way, model, None, None, {}, 0, 0)
 
 

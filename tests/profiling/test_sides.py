@@ -14,8 +14,8 @@ from sparseft.errors import DataError, OptionError
 from sparseft.profiling import Unavailable, Way, Workload, build, load_config
 from sparseft.profiling.equal_count import equal_ranks
 from sparseft.profiling.masks import exact_pattern
-from sparseft.profiling.sides import masked_names
 from sparseft.profiling.sizes import SIZES
+from sparseft.profiling.trained import masked_names
 
 WAYS = [
     Way("attached", 0.05),

@@ -21,7 +21,7 @@ from sparseft.benchmarking.catalogue import OpBench, Shape, case_name
 from sparseft.benchmarking.limits import require_memory
 from sparseft.benchmarking.rotation import Timing
 from sparseft.benchmarking.suite import Case, Prepared, Target, at_most, attempt
-from sparseft.profiling.sides import masked_names
+from sparseft.profiling.trained import masked_names
 from sparseft.profiling.workload import Way, Workload
 
 __all__ = [
