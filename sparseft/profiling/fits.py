@@ -10,8 +10,8 @@ __all__ = ["GRID", "Fit", "largest_densities"]
 
 # Two digits, from where nearly every tensor keeps its one least entry.
 GRID = tuple(digits / 10**power for power in range(7, 1, -1) for digits in range(10, 100)) + (1.0,)
-# Guesses along a chord before halving takes over. Mostly one is right and the next one shows it.
-_CHORDS = 4
+# Guesses along a line before halving takes over. Mostly one is right and the next one shows it.
+_LINES = 4
 
 
 @dataclass(frozen=True)
@@ -72,9 +72,12 @@ def _largest(
     rounds = 0
     while high - low > 1:
         middle = (low + high) // 2
-        if rounds < _CHORDS:
-            share = (limit - peak(low)) / (peak(high) - peak(low))
-            density = GRID[low] + share * (GRID[high] - GRID[low])
+        if rounds < _LINES:
+            # Peaks bend where another moment becomes the highest. So the line is that of the two
+            # nearest that fit; a chord to a high one far off would be too steep.
+            below = max((p for p in peaks if p < low and peaks[p] < peak(low)), default=high)
+            slope = (peak(below) - peak(low)) / (GRID[below] - GRID[low])
+            density = GRID[low] + (limit - peak(low)) / slope
             middle = min(max(bisect.bisect_right(GRID, density) - 1, low + 1), high - 1)
         if peak(middle) <= limit:
             low = middle

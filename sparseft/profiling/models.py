@@ -20,6 +20,7 @@ __all__ = ["TORCH_DTYPES", "build_inputs", "build_model", "faked", "load_config"
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LABELS = 3
+LABELLED = 0.15  # of a masked language model's positions
 # Where a config does not say, the first that its kind of model has.
 _FACTORIES = {
     "mlm": ("AutoModelForMaskedLM", "MODEL_FOR_MASKED_LM_MAPPING_NAMES"),
@@ -167,6 +168,10 @@ def _checkpoint(model: Any) -> None:
 
 def _prepare(config: Any, task: str, workload: Workload) -> None:
     config.use_cache = False
+    if getattr(config, "is_encoder_decoder", False):
+        # A model that has one for generating alone need not say it in its config: T5's is padding.
+        if getattr(config, "decoder_start_token_id", None) is None:
+            config.decoder_start_token_id = getattr(config, "bos_token_id", None) or 0
     if task == "classification":
         config.num_labels = LABELS
         if config.pad_token_id is None:
@@ -237,7 +242,7 @@ def build_inputs(
     if task == "classification":
         labels = torch.randint(0, LABELS, (workload.batch,), generator=generator)
     elif task == "mlm":
-        hidden = torch.rand(shape, generator=generator) < 0.15
+        hidden = torch.rand(shape, generator=generator) < LABELLED
         hidden[0, 0] = True
         labels = torch.where(hidden, ids, torch.full_like(ids, -100))
     else:

@@ -26,10 +26,12 @@ from torch import Tensor
 
 from sparseft.errors import OptionError
 from sparseft.profiling.memory import MemoryUse, split
+from sparseft.profiling.models import LABELLED
 from sparseft.profiling.quantised import build_quantised
 from sparseft.profiling.sharding import Shards, shard
 from sparseft.profiling.sides import Built, build
 from sparseft.profiling.tracker import MemoryTracker, Moment
+from sparseft.profiling.valueless import without_values
 from sparseft.profiling.workload import Way, Workload
 from sparseft.profiling.workspace import Workspace
 
@@ -99,6 +101,7 @@ def _predict(workload: Workload, way: Way, device: str, world_size: int) -> Pred
     block = _CUDA_BLOCK if device == "cuda" else 1
     with (
         FakeTensorMode(allow_non_fake_inputs=True),
+        without_values(),
         _as_on(device),
         MemoryTracker(block=block, workspace=workspace) as tracker,
     ):
@@ -148,8 +151,7 @@ def _steady_step(
 
     def forward_ended(*_: Any) -> None:
         ends.append(Moment(tracker.level, kinds=dict(tracker.kinds)))
-        if "SequenceClassification" in type(built.model).__name__:
-            workspace.live = built.workload.batch
+        workspace.live = _live_positions(built)
 
     _name_parts(built, tracker)
     hook = built.model.register_forward_hook(forward_ended)
@@ -171,6 +173,16 @@ def _steady_step(
     tracker.restart()
     built.optimizer.step()
     return max(passes, tracker.peak, key=lambda moment: moment.total), held
+
+
+def _live_positions(built: Built) -> int | None:
+    """Return how many positions the loss reads, where it is not all of them."""
+    kind, work = type(built.model).__name__, built.workload
+    if "SequenceClassification" in kind:
+        return work.batch
+    if "MaskedLM" in kind:
+        return round(LABELLED * work.batch * work.length)
+    return None
 
 
 def _name_parts(built: Built, tracker: MemoryTracker) -> None:

@@ -253,8 +253,9 @@ class Workspace:
     Attributes:
         assumed: what the figures rest on, in words.
         live: rows of gradients that are not zero, where known: a classifier reads one position of a
-            sequence, so until the backward pass has gone through an attention only that one's are.
-            (A CPU leaves the others out: `ops/live_rows.py`.)
+            sequence, a masked language model the labelled ones, so until the backward pass has gone
+            through an attention only theirs are. (A CPU leaves the others out:
+            `ops/live_rows.py`.)
     """
 
     def __init__(self, device: str) -> None:

@@ -1,0 +1,52 @@
+"""What reads values, kept from fake tensors, which have none: weights are not drawn there, and
+torch's checks of types that hold on one device only are left out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+__all__ = ["without_values"]
+
+
+def _nothing_drawn(*_: Any, **__: Any) -> None:
+    """In the place of transformers' drawing of a module's weights."""
+
+
+def _grouped_shape(mat_a: Tensor, mat_b: Tensor, *, offs=None, out_dtype=None, **_: Any) -> Tensor:
+    """Return an empty result of ``_grouped_mm``, the product of experts, in any dtype.
+
+    torch's own shape function takes bfloat16 only, which is true of CUDA; CPUs multiply fp32, too.
+    """
+    if mat_a.dim() == 2 and mat_b.dim() == 2:
+        size: tuple[int, ...] = (offs.numel(), mat_a.shape[0], mat_b.shape[1])
+    elif mat_a.dim() == 2:
+        size = (mat_a.shape[0], mat_b.shape[2])
+    elif mat_b.dim() == 2:
+        size = (mat_a.shape[1], mat_b.shape[1])
+    else:
+        size = (mat_a.shape[0], mat_a.shape[1], mat_b.shape[2])
+    return torch.empty(size, dtype=out_dtype or mat_a.dtype, device=mat_a.device)
+
+
+@contextlib.contextmanager
+def without_values() -> Iterator[None]:
+    """Within: models of transformers can be made of, and run on, fake tensors."""
+    from transformers import PreTrainedModel
+
+    with contextlib.ExitStack() as patches:
+        patches.enter_context(
+            mock.patch.object(PreTrainedModel, "_initialize_weights", _nothing_drawn)
+        )
+        shapes: Any = torch._meta_registrations
+        if hasattr(shapes, "_meta_grouped_mm_common"):
+            patches.enter_context(
+                mock.patch.object(shapes, "_meta_grouped_mm_common", _grouped_shape)
+            )
+        yield
