@@ -11,15 +11,9 @@ from typing import Any
 
 from page_files import Files, PageError
 
-__all__ = ["FIGURES", "clock_of", "duration", "number", "speed"]
+from sparseft.benchmarking.suite_report import show_time
 
-_UNITS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "us"))
-
-
-def duration(seconds: float) -> str:
-    """Return ``208 ms``."""
-    size, unit = next((u for u in _UNITS if seconds >= u[0]), _UNITS[-1])
-    return f"{seconds / size:.3g} {unit}"
+__all__ = ["FIGURES", "clock_of", "number", "speed"]
 
 
 def number(value: Any) -> str:
@@ -61,7 +55,7 @@ def figure(files: Files, file: str, name: str, contender: str, field: str) -> An
             return None
         if field in ("time", "seconds"):
             median = clock["seconds"]["median"]
-            return median if field == "seconds" else duration(median)
+            return median if field == "seconds" else show_time(median)
         if field == "speed":
             return speed(case, row)
         return clock["ratio"]["median"] if "ratio" in clock else None

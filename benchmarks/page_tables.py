@@ -6,12 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
-from page_figures import clock_of, duration, number
+from page_figures import clock_of, number
 from page_files import Files, PageError
 
 from sparseft._text import human_bytes
 from sparseft.benchmarking.results import markdown_table
 from sparseft.benchmarking.rotation import spread
+from sparseft.benchmarking.suite_report import show_spread, show_time
 
 __all__ = ["TABLES", "memory_table"]
 
@@ -56,7 +57,7 @@ def _rows(case: Mapping[str, Any], clock: str) -> list[dict[str, str]]:
             {
                 "case": case["name"],
                 "name": row["name"],
-                "time": _spread(timed["seconds"], duration),
+                "time": show_spread(timed["seconds"], show_time),
                 "ratio": _ratio(case, row, timed),
                 "GB/s": _share(speed, "GB/s", "% of copy"),
                 "TFLOP/s": _share(speed, "TFLOP/s", "% of GEMM"),
@@ -71,7 +72,7 @@ def _rows(case: Mapping[str, Any], clock: str) -> list[dict[str, str]]:
 def _ratio(case: Mapping[str, Any], row: Mapping[str, Any], timed: Mapping[str, Any]) -> str:
     if "ratio" not in timed:
         return ""
-    text = _spread(timed["ratio"], "{:.3f}".format)
+    text = show_spread(timed["ratio"], "{:.3f}".format)
     against = row.get("against") or case["baseline"]
     return text if against == case["baseline"] else f"{text} of {against}"
 
@@ -84,11 +85,6 @@ def _blank(case: str, name: str, reason: str) -> dict[str, str]:
 def _short(reason: str) -> str:
     # The last line of a traceback says what it was; all of it is in the JSON.
     return str(reason).strip().splitlines()[-1].replace("|", "/")[:160]
-
-
-def _spread(numbers: Mapping[str, float], show: Callable[[float], str]) -> str:
-    low, high = show(numbers["quartile1"]), show(numbers["quartile3"])
-    return f"{show(numbers['median'])} ({low}-{high})"
 
 
 def _share(speed: Mapping[str, float], name: str, share: str) -> str:
@@ -146,7 +142,7 @@ def _against(row: dict[str, Any], others: Sequence[dict[str, Any]]) -> dict[str,
     clock, speed = clock_of(row) or {}, row.get("speed", {})
     cells = {
         "ours": row["name"],
-        "time": duration(clock["seconds"]["median"]),
+        "time": show_time(clock["seconds"]["median"]),
         "GB/s": _share(speed, "GB/s", "% of copy"),
         "TFLOP/s": _share(speed, "TFLOP/s", "% of GEMM"),
     }
@@ -158,8 +154,8 @@ def _against(row: dict[str, Any], others: Sequence[dict[str, Any]]) -> dict[str,
     ratios = spread([mine / other for mine, other in pairs])
     return cells | {
         "theirs": fastest["name"],
-        "their time": duration(theirs["seconds"]["median"]),
-        "ratio": _spread(ratios, "{:.3f}".format),
+        "their time": show_time(theirs["seconds"]["median"]),
+        "ratio": show_spread(ratios, "{:.3f}".format),
     }
 
 
@@ -198,9 +194,9 @@ def steps(files: Files, file: str, task: str = "*") -> str:
                 "task": case["task"],
                 "batch": f"{case['batch']} x {case['length']}",
                 "density": f"{100 * case['density']:g} %",
-                "baseline": duration(result["baseline_seconds"]["median"]),
-                "ours": duration(result["ours_seconds"]["median"]),
-                "ratio": _spread(ratio, "{:.3f}".format),
+                "baseline": show_time(result["baseline_seconds"]["median"]),
+                "ours": show_time(result["ours_seconds"]["median"]),
+                "ratio": show_spread(ratio, "{:.3f}".format),
                 "state": f"{100 * result['state_ratio']:.3g} %",
             }
         )
@@ -264,7 +260,7 @@ def memory_table(found: Mapping[str, Any]) -> str:
                 "measured": _peak(measured, row["not_measured"]),
                 "error": "" if row["error"] is None else f"{100 * row['error']:+.1f} %",
                 "parts": ", ".join(parts),
-                "time": "" if row["seconds"] is None else _spread(row["seconds"], duration),
+                "time": "" if row["seconds"] is None else show_spread(row["seconds"], show_time),
                 "tokens": ""
                 if row["tokens_per_second"] is None
                 else f"{row['tokens_per_second']:,.0f}",
