@@ -74,7 +74,7 @@ def _ratio(case: Mapping[str, Any], row: Mapping[str, Any], timed: Mapping[str, 
         return ""
     text = show_spread(timed["ratio"], "{:.3f}".format)
     against = row.get("against") or case["baseline"]
-    return text if against == case["baseline"] else f"{text} of {against}"
+    return text if against in (case["baseline"], row["name"]) else f"{text} of {against}"
 
 
 def _blank(case: str, name: str, reason: str) -> dict[str, str]:

@@ -154,7 +154,7 @@ def _row(row: Mapping[str, Any], clocks: Sequence[str], baseline: str) -> dict[s
         cells["host"] = cells["host"] or show_time(timed["host_seconds"]["median"])
         if "ratio" in timed:
             cells[f"{clock} ratio"] = show_spread(timed["ratio"], lambda x: f"{x:.3f}")
-            if row.get("against") not in (None, baseline):
+            if row.get("against") not in (None, baseline, row["name"]):
                 cells[f"{clock} ratio"] += f" of {row['against']}"
     known = {**row.get("speed", {}), **row["facts"]}
     figures = [f"{key} {_number(value)}" for key, value in known.items()]

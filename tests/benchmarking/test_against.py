@@ -9,6 +9,7 @@ import pytest
 from sparseft.benchmarking.cases import OPS
 from sparseft.benchmarking.competitors import COMPILE
 from sparseft.benchmarking.suite import Case, Contender, Prepared, run_suite
+from sparseft.benchmarking.suite_report import suite_markdown
 
 
 @pytest.fixture(autouse=True)
@@ -88,3 +89,16 @@ def test_rows_of_a_case_are_held_against_their_like(op):
             )
             median = statistics.median(mine / theirs for mine, theirs in samples)
             assert row["clocks"]["device"]["ratio"]["median"] == pytest.approx(median)
+
+
+def test_the_report_names_another_baseline_but_not_to_itself():
+    contenders = {
+        "sum": Contender(list, work="sum"),
+        "TIES": Contender(list, work="TIES"),
+        "ours, TIES": Contender(list, work="TIES", ours=True),
+    }
+    case = Case("x", lambda device: Prepared(contenders, "sum", warmup=0))
+    text = suite_markdown(run_suite([case], "cpu", rounds=2), {})
+    assert text.count(" of TIES") == 1
+    [row] = [line for line in text.splitlines() if line.startswith("| ours, TIES")]
+    assert ") of TIES |" in row
