@@ -19,6 +19,7 @@ from sparseft.ops import _sampled_cpu
 from sparseft.profiling.allocations import Allocations, RecordLostError, Stretch, how_measured
 from sparseft.profiling.memory import MemoryUse, split
 from sparseft.profiling.sides import Built, build
+from sparseft.profiling.trained import added_by, state_of
 from sparseft.profiling.worker import call_apart
 from sparseft.profiling.workload import Way, Workload
 
@@ -28,8 +29,6 @@ __all__ = ["Measurement", "measure", "measure_here"]
 _WARMUP = 2
 _RECORDS = 2
 _TRIES = 6
-# In the names that PEFT gives to what it adds.
-_ADAPTERS = (".lora_", ".shira_", ".modules_to_save.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,12 +146,6 @@ def _storages(tensors: Iterable[Any]) -> dict[int, int]:
     return {s.data_ptr(): s.nbytes() for s in storages if s.nbytes()}
 
 
-def _state(optimizer: torch.optim.Optimizer | None) -> Iterator[Any]:
-    if optimizer is not None:
-        for state in optimizer.state.values():
-            yield from state.values()
-
-
 def _peak(built: Built, device: torch.device, before: Mapping[int, int], floor: int) -> MemoryUse:
     """Return the bytes of the heavier of two steps, by part."""
     gc.collect()
@@ -185,9 +178,9 @@ def _standing(built: Built, device: torch.device, before: Mapping[int, int]) -> 
             t for t in tensors if isinstance(t, Tensor) and t.device.type == device.type
         )
 
-    added = here(_added(built))
+    added = here(added_by(built.model, built.attachment))
     model = here([*built.model.parameters(), *built.model.buffers()])
-    kinds = {"optimizer": here(_state(built.optimizer)), "inputs": here(built.inputs.values())}
+    kinds = {"optimizer": here(state_of(built.optimizer)), "inputs": here(built.inputs.values())}
     gradients = here(p.grad for p in built.model.parameters())
     weights = {key: size for key, size in model.items() if key not in added}
     known = {*weights, *gradients, *kinds["optimizer"], *kinds["inputs"]}
@@ -196,15 +189,6 @@ def _standing(built: Built, device: torch.device, before: Mapping[int, int]) -> 
     diff = {key: size for key, size in (fresh | added).items() if key not in known}
     kinds |= {"weights": weights, "diff": diff}
     return {name: sum(found.values()) for name, found in kinds.items()}
-
-
-def _added(built: Built) -> Iterator[Tensor]:
-    """Yield the parameters that the way of training gave to the model."""
-    if built.attachment is not None:
-        yield from built.attachment.leaves.values()
-    for name, parameter in built.model.named_parameters():
-        if any(word in name for word in _ADAPTERS):
-            yield parameter
 
 
 @contextmanager

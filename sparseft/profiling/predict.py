@@ -22,7 +22,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor
 
 from sparseft.errors import OptionError
 from sparseft.profiling.memory import MemoryUse, split
@@ -31,6 +30,7 @@ from sparseft.profiling.quantised import build_quantised
 from sparseft.profiling.sharding import Shards, shard
 from sparseft.profiling.sides import Built, build
 from sparseft.profiling.tracker import MemoryTracker, Moment
+from sparseft.profiling.trained import added_by, state_of
 from sparseft.profiling.valueless import without_values
 from sparseft.profiling.workload import Way, Workload
 from sparseft.profiling.workspace import Workspace
@@ -40,8 +40,6 @@ __all__ = ["Prediction", "predict"]
 # torch's caching allocator hands out multiples of this (c10/core/CachingDeviceAllocator.h,
 # kMinBlockSize).
 _CUDA_BLOCK = 512
-# In the names of what PEFT and quantised layers' masks add.
-_ADAPTERS = (".lora_", ".shira_", ".modules_to_save.", ".diff_")
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,6 @@ class Prediction:
     Attributes:
         use: bytes at its peak, by part.
         trainable: numbers that train.
-        seconds: None: times are measured, not predicted.
         reduced: bytes that ranks sum up each step: the gradients.
         at: the operation during which the peak occurs.
         assumed: what the figures rest on besides the code that ran.
@@ -59,7 +56,6 @@ class Prediction:
 
     use: MemoryUse
     trainable: int
-    seconds: float | None = None
     reduced: int = 0
     at: str = ""
     assumed: tuple[str, ...] = ()
@@ -165,7 +161,7 @@ def _steady_step(
     if built.optimizer is None:
         return passes, held
     built.optimizer.step()
-    tracker.adopt(_state_of(built.optimizer), "optimizer")
+    tracker.adopt(state_of(built.optimizer), "optimizer")
     state = tracker.kinds.get("optimizer", 0)
     for moment in (passes, held):
         moment.total += state
@@ -187,20 +183,11 @@ def _live_positions(built: Built) -> int | None:
 
 def _name_parts(built: Built, tracker: MemoryTracker) -> None:
     """Say of everything that is there between two steps which part it is."""
-    leaves = [] if built.attachment is None else list(built.attachment.leaves.values())
-    added = {id(leaf) for leaf in leaves}
-    parameters = dict(built.model.named_parameters())
-    added |= {id(p) for name, p in parameters.items() if any(a in name for a in _ADAPTERS)}
+    added = {id(parameter) for parameter in added_by(built.model, built.attachment)}
     tracker.adopt_rest("diff")
-    everything = [*parameters.values(), *built.model.buffers()]
+    everything = [*built.model.parameters(), *built.model.buffers()]
     tracker.adopt((t for t in everything if id(t) not in added), "weights")
     tracker.adopt(built.inputs.values(), "inputs")
-
-
-def _state_of(optimizer: torch.optim.Optimizer | None) -> Iterator[Tensor]:
-    if optimizer is not None:
-        for state in optimizer.state.values():
-            yield from (t for t in state.values() if isinstance(t, Tensor))
 
 
 @contextlib.contextmanager

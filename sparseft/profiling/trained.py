@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sparseft.attachment import Attachment
 from sparseft.diff import SparsePattern
 from sparseft.modules.names import ParameterIndex
 from sparseft.optim import SparseAdamW
@@ -17,6 +19,7 @@ from sparseft.profiling.models import faked
 from sparseft.profiling.workload import Unavailable, Way, Workload
 
 __all__ = [
+    "added_by",
     "draw_patterns",
     "freeze",
     "head_names",
@@ -25,9 +28,12 @@ __all__ = [
     "masked_count",
     "masked_names",
     "numel_of",
+    "state_of",
 ]
 
 LR = 1e-4
+# In the names of what PEFT and a mask beside a quantised weight add to a model.
+_ADDED = (".lora_", ".shira_", ".modules_to_save.", ".diff_")
 
 
 def masked_names(model: nn.Module) -> list[str]:
@@ -132,3 +138,19 @@ def freeze(model: Any) -> None:
     for module in model.modules():  # encoder and decoder may each have a module of the same weight
         if isinstance(module, nn.Embedding) and module.weight is shared:
             module.register_forward_hook(require_grad)
+
+
+def added_by(model: nn.Module, attachment: Attachment | None) -> Iterator[Tensor]:
+    """Yield the parameters that the way of training gave to the model: leaves, adapters."""
+    if attachment is not None:
+        yield from attachment.leaves.values()
+    for name, parameter in model.named_parameters():
+        if any(mark in name for mark in _ADDED):
+            yield parameter
+
+
+def state_of(optimizer: torch.optim.Optimizer | None) -> Iterator[Tensor]:
+    """Yield the tensors of an optimizer's state; none where there is no optimizer."""
+    if optimizer is not None:
+        for state in optimizer.state.values():
+            yield from (value for value in state.values() if isinstance(value, Tensor))
