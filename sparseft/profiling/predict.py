@@ -86,14 +86,17 @@ def predict(workload: Workload, way: Way, device: str = "cpu", world_size: int =
         raise OptionError(f"{device=}; memory is predicted for 'cpu' or 'cuda'.")
     if not isinstance(world_size, int) or isinstance(world_size, bool) or world_size < 1:
         raise OptionError(f"{world_size=}; wanted at least one rank.")
-    return _predict(workload, way, kind, world_size)
+    # A CPU's operations hold more the more threads share them.
+    return _predict(workload, way, kind, world_size, torch.get_num_threads())
 
 
 @functools.lru_cache(maxsize=64)
-def _predict(workload: Workload, way: Way, device: str, world_size: int) -> Prediction:
+def _predict(
+    workload: Workload, way: Way, device: str, world_size: int, threads: int
+) -> Prediction:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    workspace = Workspace(device)
+    workspace = Workspace(device, threads)
     block = _CUDA_BLOCK if device == "cuda" else 1
     with (
         FakeTensorMode(allow_non_fake_inputs=True),

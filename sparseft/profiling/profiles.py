@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from sparseft._text import human_bytes, parse_bytes
 from sparseft.benchmarking.limits import too_little
@@ -51,6 +53,11 @@ class ProfileRow:
     def measured(self) -> MemoryUse | None:
         """Bytes by part."""
         return None if self.measurement is None else self.measurement.use
+
+    @property
+    def assumed(self) -> tuple[str, ...]:
+        """What the prediction rests on, besides the code that ran."""
+        return () if self.prediction is None else self.prediction.assumed
 
     @property
     def trainable(self) -> int | None:
@@ -127,7 +134,7 @@ def profile(
         large: measure ``7b``, ``13b`` and ``30b`` too, if memory suffices.
         fits: limits in bytes or as ``"24GiB"``: the largest density below each is sought.
         steps: timed steps, at least 2.
-        threads: torch's, where it measures; None: what this process has.
+        threads: torch's, measured and predicted; None: what this process has.
         isolated: measure each way in a process of its own; in this one otherwise.
         progress: called as ``progress(what, done, of)``.
 
@@ -155,14 +162,16 @@ def profile(
     step = _Progress(tick, "predicting", len(chosen) + bool(limits))
     rows: list[ProfileRow] = []
     for way in chosen:
-        rows.append(_predicted(workload, way, device, world_size))
+        with _threads(threads):
+            rows.append(_predicted(workload, way, device, world_size))
         step()
     found: list[Fit] = []
     if limits:
 
         def peak_at(density: float) -> int:
             way = Way("attached", density)
-            return predict(workload, way, device=device, world_size=world_size).use.peak
+            with _threads(threads):
+                return predict(workload, way, device=device, world_size=world_size).use.peak
 
         known = {
             row.way.share: row.predicted.peak
@@ -238,7 +247,23 @@ def _predicted(workload: Workload, way: Way, device: str, world_size: int) -> Pr
     return ProfileRow(way=way, prediction=found)
 
 
+@contextmanager
+def _threads(number: int | None) -> Iterator[None]:
+    """Let torch have so many threads within, as in the processes that measure."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def _said(error: Exception) -> str:
+    if isinstance(error, DataDependentOutputException | DynamicOutputShapeException):
+        return (
+            f"its code asks for the values of tensors ({error.func}), and a prediction has shapes "
+            "alone; measure it"
+        )
     lines = str(error).strip().splitlines() or [""]
     return lines[0] if isinstance(error, SparseFtError) else f"{type(error).__name__}: {lines[0]}"
 

@@ -100,16 +100,29 @@ def lines_above(found: Profile) -> list[str]:
 def notes_below(found: Profile) -> list[str]:
     """Return the legend, and the reasons by their number."""
     reasons = _reasons(found)
+    # Each way's own: ranks share a dense model's gradients and no adapter's.
+    names: dict[str, list[str]] = {}
+    for row in found.rows:
+        for text in row.assumed:
+            if row.way.kind not in names.setdefault(text, []):
+                names[text].append(row.way.kind)
+    kinds = {row.way.kind for row in found.rows}
+    assumed = [f"Assumed{_of(ways, kinds)}: {text}." for text, ways in names.items()]
+    legend = [*_LEGEND, *assumed]
     if not any(row.measurement for row in found.rows) and len(set(reasons)) == 1:
-        return [*_LEGEND, f"Not measured: {next(iter(reasons))}."]
-    return [*_LEGEND, *(f"[{number}] {text}" for text, number in reasons.items())]
+        return [*legend, f"Not measured: {next(iter(reasons))}."]
+    return [*legend, *(f"[{number}] {text}" for text, number in reasons.items())]
 
 
 def fit_line(found: Fit) -> str:
     """Return ``largest density that fits in 24GiB: 0.043 (predicted peak 24.0 GiB)``."""
     start = f"largest density that fits in {found.text}: "
     if found.density is None:
-        return f"{start}none; even {GRID[0]:g} takes {human_bytes(found.peak)}"
+        return (
+            f"{start}none; with next to nothing trained (density {GRID[0]:g}) the model and its "
+            f"activations take {human_bytes(found.peak)}, {human_bytes(found.peak - found.limit)} "
+            "more than that"
+        )
     return f"{start}{found.density:g} (predicted peak {human_bytes(found.peak)})"
 
 
@@ -137,6 +150,7 @@ def _row_json(row: ProfileRow) -> dict[str, Any]:
         "trainable": row.trainable,
         "predicted": _use_json(row.predicted),
         "not_predicted": row.not_predicted,
+        "assumed": list(row.assumed),
         "measured": _use_json(row.measured),
         "not_measured": row.not_measured,
         "error": row.error,
@@ -184,3 +198,7 @@ def _count(n: int | None) -> str:
 
 def _time(seconds: float) -> str:
     return f"{seconds:.3g} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
+
+
+def _of(ways: list[str], kinds: set[str]) -> str:
+    return "" if set(ways) == kinds else f" ({', '.join(_NAMES.get(way, way) for way in ways)})"

@@ -249,6 +249,7 @@ class Workspace:
 
     Args:
         device: ``"cpu"`` or ``"cuda"``.
+        threads: of torch, on a CPU; None: what this process has.
 
     Attributes:
         assumed: what the figures rest on, in words.
@@ -258,8 +259,9 @@ class Workspace:
             `ops/live_rows.py`.)
     """
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, threads: int | None = None) -> None:
         self.device = device
+        self.threads = torch.get_num_threads() if threads is None else threads
         self._kept: dict[Any, int] = {}
         self.live: int | None = None
         self._masks: list[Tensor] = []  # alive, so that ids stay theirs
@@ -318,7 +320,7 @@ class Workspace:
             worth = _WORTH * tokens * sum(1 / max(n, 1) for n in shape[1:3])
             if self.live is not None and tokens - self.live >= worth:
                 shape = (self.live, *shape[1:])
-            found = sampled_grad_on_cpu(*shape, torch.get_num_threads())
+            found = sampled_grad_on_cpu(*shape, self.threads)
             self._keep("tile buffer", found.kept)
         return found
 

@@ -6,6 +6,8 @@ import json
 import sys
 
 import pytest
+import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from sparseft.errors import DataError, OptionError
 from sparseft.profiling import profiles
@@ -211,7 +213,45 @@ def test_lines_of_limits(stand_ins):
     found = profile(WORK, [0.1], ways=["attached"], predict_only=True, fits=["200 GiB", "1MiB"])
     first, second = map(fit_line, found.fits)
     assert first.startswith("largest density that fits in 200 GiB: 0.17 (predicted peak 1")
-    assert second == "largest density that fits in 1MiB: none; even 1e-06 takes 131.8 GiB"
+    assert second == (
+        "largest density that fits in 1MiB: none; with next to nothing trained (density 1e-06) the "
+        "model and its activations take 131.8 GiB, 131.8 GiB more than that"
+    )
+
+
+def test_what_a_prediction_rests_on_is_shown(stand_ins, monkeypatch):
+    def predict(workload, way, device="cpu", world_size=1):
+        notes = ("CUDA: so and so", *(("8 ranks: all",) if way.kind == "dense" else ()))
+        return Prediction(use=use_of(way), trainable=1, assumed=notes)
+
+    monkeypatch.setattr(profiles, "predict", predict)
+    found = profile(WORK, [0.1], ways=["attached", "dense"], predict_only=True)
+    notes = notes_below(found)
+    assert "Assumed: CUDA: so and so." in notes
+    assert "Assumed (dense): 8 ranks: all." in notes
+    assert profile_json(found)["rows"][1]["assumed"] == ["CUDA: so and so", "8 ranks: all"]
+
+
+def test_predictions_are_for_the_threads_that_measure(stand_ins, monkeypatch):
+    seen = []
+
+    def predict(workload, way, device="cpu", world_size=1):
+        seen.append(torch.get_num_threads())
+        return Prediction(use=use_of(way), trainable=1)
+
+    monkeypatch.setattr(profiles, "predict", predict)
+    before = torch.get_num_threads()
+    profile(WORK, [0.1], ways=["attached"], threads=before + 1, predict_only=True, fits=["1GiB"])
+    assert set(seen) == {before + 1}
+    assert torch.get_num_threads() == before
+
+
+def test_code_that_asks_for_values_is_named(stand_ins):
+    fail, _ = stand_ins
+    fail["predict", "dense"] = DataDependentOutputException(torch.ops.aten.item.default)
+    [row] = profile(WORK, ways=["dense"]).rows
+    assert row.not_predicted.startswith("its code asks for the values of tensors (aten.item")
+    assert row.measured is not None
 
 
 def test_the_table_fits_a_hundred_columns(stand_ins):
