@@ -15,8 +15,8 @@ from torch import Tensor
 __all__ = ["without_values"]
 
 
-def _nothing_drawn(*_: Any, **__: Any) -> None:
-    """In the place of transformers' drawing of a module's weights."""
+def _nothing(*_: Any, **__: Any) -> None:
+    """In the place of what draws weights, or says where one packed sequence ends."""
 
 
 def _grouped_shape(mat_a: Tensor, mat_b: Tensor, *, offs=None, out_dtype=None, **_: Any) -> Tensor:
@@ -38,12 +38,17 @@ def _grouped_shape(mat_a: Tensor, mat_b: Tensor, *, offs=None, out_dtype=None, *
 @contextlib.contextmanager
 def without_values() -> Iterator[None]:
     """Within: models of transformers can be made of, and run on, fake tensors."""
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, masking_utils
 
     with contextlib.ExitStack() as patches:
-        patches.enter_context(
-            mock.patch.object(PreTrainedModel, "_initialize_weights", _nothing_drawn)
-        )
+        patches.enter_context(mock.patch.object(PreTrainedModel, "_initialize_weights", _nothing))
+        # Whether several sequences are packed in one is read from positions; none are. (Where it
+        # is not known a mask is made, and heads that share keys get copies of them.) transformers 4
+        # does not ask: there the mask is made on real tensors, too.
+        if hasattr(masking_utils, "is_tracing"):
+            patches.enter_context(
+                mock.patch.object(masking_utils, "find_packed_sequence_indices", _nothing)
+            )
         shapes: Any = torch._meta_registrations
         if hasattr(shapes, "_meta_grouped_mm_common"):
             patches.enter_context(
