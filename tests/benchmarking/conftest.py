@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
@@ -19,3 +20,13 @@ _spec.loader.exec_module(_benches)
 def adding() -> Callable[..., OpBench]:
     """Makes an op of a few microseconds."""
     return _benches.adding
+
+
+@pytest.fixture(autouse=True)
+def short_collections():
+    """The harness collects between its rounds and cases; what libraries hold (transformers) is left
+    out of it here, or each tiny run walks that again and again.
+    """
+    gc.freeze()
+    yield
+    gc.unfreeze()
