@@ -142,7 +142,9 @@ def _alive(device: torch.device) -> dict[int, int]:
 
 def _storages(tensors: Iterable[Any]) -> dict[int, int]:
     """Return the bytes of tensors' storages by address: shared ones once, empty ones not."""
-    storages = [t.untyped_storage() for t in tensors if isinstance(t, Tensor)]
+    # Sparse tensors have no storage of their own: their indices and values are tensors, too.
+    strided = (t for t in tensors if isinstance(t, Tensor) and t.layout == torch.strided)
+    storages = [t.untyped_storage() for t in strided]
     return {s.data_ptr(): s.nbytes() for s in storages if s.nbytes()}
 
 

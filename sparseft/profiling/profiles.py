@@ -16,6 +16,7 @@ from sparseft.profiling.fits import Fit, largest_densities
 from sparseft.profiling.measure import Measurement, measure, measure_here
 from sparseft.profiling.memory import MemoryUse
 from sparseft.profiling.predict import Prediction, predict
+from sparseft.profiling.worker import failure
 from sparseft.profiling.workload import KINDS, Way, Workload
 
 __all__ = ["DEFAULT_DENSITIES", "DEFAULT_WAYS", "Profile", "ProfileRow", "profile"]
@@ -307,4 +308,8 @@ def _measured(
         raise
     except SparseFtError as error:
         return replace(row, not_measured=_said(error))
+    except Exception as error:  # in a process of its own it would be that row's reason, too
+        if isolated:
+            raise
+        return replace(row, not_measured=failure(error, device))
     return replace(row, measurement=found)

@@ -19,7 +19,7 @@ from typing import Any
 
 from sparseft.errors import SparseFtError
 
-__all__ = ["NotMeasuredError", "call_apart", "main"]
+__all__ = ["NotMeasuredError", "call_apart", "failure", "main"]
 
 # `-m` and a script's path would both put folders in front of the caller's path.
 _CODE = (
@@ -87,7 +87,6 @@ def main(path: str) -> None:
 def _answer(request: Mapping[str, Any]) -> dict[str, Any]:
     import torch
 
-    from sparseft.benchmarking.limits import out_of_memory
     from sparseft.profiling.measure import measure_here
     from sparseft.profiling.workload import Way, Workload
 
@@ -102,7 +101,14 @@ def _answer(request: Mapping[str, Any]) -> dict[str, Any]:
     except SparseFtError as error:
         return {"reason": str(error)}
     except Exception as error:
-        lines = str(error).strip().splitlines() or [""]
-        said = f"{type(error).__name__}: {lines[0]}"[:_LONGEST]
-        return {"reason": out_of_memory(error, request["device"]) or said}
+        return {"reason": failure(error, request["device"])}
     return found.to_json()
+
+
+def failure(error: Exception, device: str) -> str:
+    """Say in a line why a step failed: out of memory with the numbers, else torch's own words."""
+    from sparseft.benchmarking.limits import out_of_memory
+
+    lines = str(error).strip().splitlines() or [""]
+    said = f"{type(error).__name__}: {lines[0]}"[:_LONGEST]
+    return out_of_memory(error, device) or said

@@ -198,7 +198,7 @@ def test_tests_end_with_their_share_of_the_minutes(suite):
     document = json.loads((folder / "suite.json").read_text())
     assert status == 1
     assert document["tests"]["status"] == "cut off"
-    assert document["tests"]["seconds"] < 10
+    assert document["tests"]["seconds"] < 40
 
 
 def test_what_there_is_no_time_for_is_listed(suite):
@@ -213,16 +213,16 @@ def test_what_there_is_no_time_for_is_listed(suite):
 def test_a_case_that_takes_too_long_costs_only_itself(suite):
     def build(device):
         def sleep():
-            time.sleep(20)
+            time.sleep(60)
 
         return Prepared({"a": attempt(lambda: sleep() or Contender(list))}, "a")
 
     cases = [Case("long", build, op="long", dtype="fp32"), case("one")]
-    status, folder = suite("--parts", "cases", "--case-cap", "2", cases=cases)
+    status, folder = suite("--parts", "cases", "--case-cap", "4", cases=cases)
     long, one = json.loads((folder / "suite.json").read_text())["cases"]
     assert status == 0
-    assert (long["status"], long["reason"]) == ("not run", "cut off after 2 s (--case-cap)")
-    assert long["took_seconds"] < 10
+    assert (long["status"], long["reason"]) == ("not run", "cut off after 4 s (--case-cap)")
+    assert long["took_seconds"] < 40
     assert one["status"] == "ok"
 
 

@@ -151,6 +151,13 @@ def test_errors_of_the_step_come_back_as_reasons(monkeypatch):
     assert worker._answer(request) == {"reason": "ZeroDivisionError: by zero"}
 
 
+def test_sparse_tensors_of_the_caller_are_in_nobodys_way():
+    kept = torch.eye(4).to_sparse()
+    found = measure_here(TINY, Way("frozen"), steps=2)
+    assert found.use.diff == 0
+    assert kept._nnz() == 4
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("way", [Way("attached", 0.1), Way("dense"), Way("lora", 0.1)], ids=str)
 def test_a_process_of_its_own_finds_the_same(way):

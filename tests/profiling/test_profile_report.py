@@ -318,3 +318,15 @@ def test_every_part_has_its_bar(stand_ins, monkeypatch, tmp_path):
         mine = [b for b in bars if bool(b[4]) == hatched]
         assert [round(h * 2**30) for _, _, h, _, _ in mine] == list(use.parts().values())
         assert mine[-1][1] + mine[-1][2] == pytest.approx(use.peak / 2**30)
+
+
+def test_a_step_that_fails_in_this_process_is_a_row_as_well(stand_ins, monkeypatch):
+    def fail(workload, way, device, *, steps):
+        if way.kind == "dense":
+            raise RuntimeError("by hand\nand more")
+        return profiles.measure(workload, way, device, steps=steps)
+
+    monkeypatch.setattr(profiles, "measure_here", fail)
+    attached, dense = profile(WORK, [0.1], ways=["attached", "dense"], isolated=False).rows
+    assert attached.measurement is not None
+    assert (dense.measurement, dense.not_measured) == (None, "RuntimeError: by hand")
