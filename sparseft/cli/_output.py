@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-__all__ = ["Ticker", "print_table", "progress", "quiet_transformers"]
+__all__ = ["Ticker", "print_table", "progress", "quiet_peft", "quiet_transformers"]
 
 Ticker = Callable[[str, int, int], None]
 
@@ -65,3 +66,14 @@ def quiet_transformers() -> None:
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+
+
+@contextmanager
+def quiet_peft() -> Iterator[None]:
+    """Silence what PEFT's adapters make other libraries warn of, which no user can change."""
+    with warnings.catch_warnings():
+        # transformers, asked by PEFT for a name that is about to go.
+        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+        # torch, of the sparse tensor that SHiRA makes anew in each forward pass.
+        warnings.filterwarnings("ignore", "Sparse invariant checks", UserWarning)
+        yield

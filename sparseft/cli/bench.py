@@ -88,6 +88,7 @@ def run(args: argparse.Namespace) -> int:
 
     from sparseft.benchmarking.cases import OPS
     from sparseft.benchmarking.planning import EVERY, choose_ops, plan_cases
+    from sparseft.cli._output import quiet_peft
     from sparseft.errors import OptionError
     from sparseft.training.setups import device_named
 
@@ -111,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         if args.threads is not None:
             torch.set_num_threads(args.threads)
-        with _without_compiling(size == "tiny"):
+        with _without_compiling(size == "tiny"), quiet_peft():
             if args.compare is not None:
                 from sparseft.cli._bench_compare import compare
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -111,7 +110,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Profile, print and write."""
-    from sparseft.cli._output import progress, quiet_transformers
+    from sparseft.cli._output import progress, quiet_peft, quiet_transformers
     from sparseft.errors import OptionError
     from sparseft.profiling.profiles import DEFAULT_DENSITIES, profile
     from sparseft.profiling.report import profile_json
@@ -133,9 +132,7 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
     )
     quiet_transformers()
-    with progress() as tick, warnings.catch_warnings():
-        # Of transformers to itself: PEFT asks it for a name that is about to go.
-        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    with progress() as tick, quiet_peft():
         found = profile(
             workload,
             args.density or DEFAULT_DENSITIES,
