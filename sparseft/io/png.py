@@ -15,7 +15,8 @@ __all__ = ["COLOURS", "MARKERS", "blank_figure", "tidy_axes", "write_png"]
 
 # Okabe and Ito: told apart by the colour-blind, and in grey by the markers.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+# One more than colours: pairs repeat after 72 series, not after eight.
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<")
 
 
 def blank_figure(wide: float, high: float, *, dpi: int) -> Figure:
