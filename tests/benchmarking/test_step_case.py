@@ -175,3 +175,13 @@ def test_too_large_for_this_machine():
     result = run(step_case("mlm", (100, 65536, 10**6, 8, 128), (0.1,)))
     assert result["status"] == "skipped"
     assert "needs" in result["reason"]
+
+
+def test_a_leaf_of_few_entries_is_not_gated_by_luck():
+    """One entry on which torch happens to be exact: a rounding or two of ours is no mistake."""
+    exact = torch.tensor([0.3], dtype=torch.float64)
+    theirs, ours = exact.float(), exact.float() * (1 + 3e-7)
+    assert training_gates._gradient_check("bias", ours, theirs, exact).passed
+    assert not training_gates._gradient_check("bias", exact.float() * 1.001, theirs, exact).passed
+    many = [t.expand(64) for t in (ours, theirs, exact)]
+    assert not training_gates._gradient_check("weight", *many).passed

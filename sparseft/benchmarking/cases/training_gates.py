@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import gc
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,9 @@ __all__ = ["TOLERANCE", "Gates", "contender_of", "largest_difference", "short_co
 
 # Largest difference of any weight from gradient-mask fine-tuning's: three steps at lr 1e-4, fp32.
 TOLERANCE = 5e-5
+# Of fewer entries torch's own error is a matter of luck: some roundings of its dtype are allowed.
+_FEW = 64
+_ROUNDINGS = 8
 _STEPS = 3
 _TRIES = 3
 _WIDER = {torch.float32: torch.float64}
@@ -118,7 +121,10 @@ def _gradients(model: nn.Module, inputs: dict[str, Tensor], names: list[str]) ->
 def _gradient_check(name: str, got: Tensor | None, theirs: Tensor, exact: Tensor) -> Check:
     if got is None:
         return Check(f"{name}: no gradient", 1.0, 0.0)
-    return as_accurate(f"gradient of {name}", got, theirs, exact)
+    check = as_accurate(f"gradient of {name}", got, theirs, exact)
+    if exact.numel() >= _FEW:
+        return check
+    return replace(check, limit=max(check.limit, _ROUNDINGS * torch.finfo(theirs.dtype).eps))
 
 
 def largest_difference(theirs: nn.Module, ours: nn.Module) -> float:
