@@ -178,10 +178,20 @@ def test_too_large_for_this_machine():
 
 
 def test_a_leaf_of_few_entries_is_not_gated_by_luck():
-    """One entry on which torch happens to be exact: a rounding or two of ours is no mistake."""
-    exact = torch.tensor([0.3], dtype=torch.float64)
-    theirs, ours = exact.float(), exact.float() * (1 + 3e-7)
-    assert training_gates._gradient_check("bias", ours, theirs, exact).passed
-    assert not training_gates._gradient_check("bias", exact.float() * 1.001, theirs, exact).passed
-    many = [t.expand(64) for t in (ours, theirs, exact)]
-    assert not training_gates._gradient_check("weight", *many).passed
+    """Torch happens to be exact at a small entry: a rounding or two of ours is no mistake there,
+    and one among many is."""
+    exact = torch.linspace(0.01, 1.0, 100, dtype=torch.float64)
+    theirs, everywhere, few = exact.float(), torch.arange(100), torch.tensor([0])
+
+    def passes(factor, at):
+        ours = exact.float()[at] * factor
+        return training_gates._gradient_check("weight", ours, theirs, exact, at).passed
+
+    assert passes(1 + 4e-7, few)
+    assert not passes(1.001, few)
+    assert passes(1.0, everywhere)
+    assert not passes(1 + 4e-7, everywhere)
+    nothing, zeros = torch.zeros(1), torch.zeros(100)
+    check = training_gates._gradient_check
+    assert check("weight", nothing, zeros, zeros.double(), few).passed
+    assert not check("weight", nothing + 1e-6, zeros, zeros.double(), few).passed

@@ -10,12 +10,12 @@ from __future__ import annotations
 import contextlib
 import gc
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from sparseft.benchmarking.checks import Check, as_accurate, equal_bits, worst
+from sparseft.benchmarking.checks import Check, as_accurate, equal_bits, rel_rms, worst
 from sparseft.benchmarking.suite import Contender, Facts
 from sparseft.ops import gather_entries, resolve_backend, sum_entries
 from sparseft.profiling.allocations import Allocations
@@ -26,7 +26,8 @@ __all__ = ["TOLERANCE", "Gates", "contender_of", "largest_difference", "short_co
 
 # Largest difference of any weight from gradient-mask fine-tuning's: three steps at lr 1e-4, fp32.
 TOLERANCE = 5e-5
-# Of fewer entries torch's own error is a matter of luck: some roundings of its dtype are allowed.
+# Entries with a gradient from which on a leaf is judged by itself, and what fewer may be off beside
+# twice torch's own error: roundings of its dtype.
 _FEW = 64
 _ROUNDINGS = 8
 _STEPS = 3
@@ -70,8 +71,9 @@ class Gates:
             _gradient_check(
                 name,
                 leaf.grad,
-                gather_entries(self._at(self.theirs, name, built), patterns[name].indices),
-                gather_entries(self._at(self.exact, name, built), patterns[name].indices),
+                self._at(self.theirs, name, built),
+                self._at(self.exact, name, built),
+                patterns[name].indices,
             )
             for name, leaf in leaves.items()
         ]
@@ -118,13 +120,29 @@ def _gradients(model: nn.Module, inputs: dict[str, Tensor], names: list[str]) ->
     return found
 
 
-def _gradient_check(name: str, got: Tensor | None, theirs: Tensor, exact: Tensor) -> Check:
+def _gradient_check(
+    name: str, got: Tensor | None, theirs: Tensor, exact: Tensor, at: Tensor
+) -> Check:
+    """Hold a leaf's gradient against the dense ones at its entries, by the rule of accuracy.
+
+    Where few entries have a gradient, what they sum to and how near torch comes to it are luck: the
+    error is then taken against the entries of the whole tensor that have one.
+    """
     if got is None:
         return Check(f"{name}: no gradient", 1.0, 0.0)
-    check = as_accurate(f"gradient of {name}", got, theirs, exact)
-    if exact.numel() >= _FEW:
-        return check
-    return replace(check, limit=max(check.limit, _ROUNDINGS * torch.finfo(theirs.dtype).eps))
+    what = f"gradient of {name}"
+    wanted = gather_entries(exact, at)
+    if int(wanted.count_nonzero()) >= _FEW:
+        return as_accurate(what, got, gather_entries(theirs, at), wanted)
+    live = exact.flatten().nonzero().view(-1)
+    everything = exact.flatten()[live].double()
+    limit = 2 * rel_rms(theirs.flatten()[live], everything)
+    limit += _ROUNDINGS * torch.finfo(theirs.dtype).eps
+    if not live.numel():
+        return Check(f"{what}: entries that are not zero", float(got.count_nonzero()), 0.0)
+    error = (got.double() - wanted.double()).norm() / everything.square().mean().sqrt()
+    count = max(1, int(wanted.count_nonzero()))
+    return Check(f"{what}: error", float(error) / count**0.5, limit)
 
 
 def largest_difference(theirs: nn.Module, ours: nn.Module) -> float:
