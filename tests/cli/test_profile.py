@@ -31,7 +31,7 @@ def test_predictions(capsys, tmp_path):
     assert sum(line.startswith(" attached") for line in lines) == 2
     assert "Nothing measured." in out
     assert "largest density that fits in 1GiB: 1 (predicted peak" in out
-    assert "largest density that fits in 1kiB: none; even 1e-06 takes" in out
+    assert "largest density that fits in 1kiB: none; with next to nothing trained" in out
     document = json.loads((tmp_path / "out" / "profile.json").read_text())
     assert [fit["density"] for fit in document["fits"]] == [1.0, None]
     assert (tmp_path / "out" / "profile.png").read_bytes().startswith(b"\x89PNG")
