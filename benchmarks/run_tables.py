@@ -32,6 +32,23 @@ _STEP_MODELS = {
 }
 
 
+def _add_run_options(
+    parser: argparse.ArgumentParser, name: str, *, rounds: int, seconds: float
+) -> None:
+    """Add what every table takes: where it runs, how long, and where its results go."""
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--only", default="*", help="glob over names of cases, e.g. '*switch*'")
+    parser.add_argument("--rounds", type=int, default=rounds, help="timed rounds of a case at most")
+    parser.add_argument("--case-seconds", type=float, default=seconds, help="rounds end after that")
+    parser.add_argument("--out", type=Path, help="folder of the results; left out: results/")
+    parser.add_argument("--name", default=name, help="name of the result files")
+
+
+def _add_clock(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--clock", choices=["wall", "cpu"], help="cpu: processor time, one thread")
+
+
 def parse_step(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="run.py step",
@@ -43,14 +60,8 @@ def parse_step(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--density", nargs="+", type=float, default=[0.001, 0.01, 0.1])
     parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"])
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--clock", choices=["wall", "cpu"], help="cpu: processor time, one thread")
-    parser.add_argument("--only", default="*", help="glob over names of cases")
-    parser.add_argument("--rounds", type=int, default=11, help="timed rounds of a case, at most")
-    parser.add_argument("--case-seconds", type=float, default=300.0, help="rounds end after that")
-    parser.add_argument("--out", type=Path, help="folder of the results; left out: results/")
-    parser.add_argument("--name", default="step", help="name of the result files")
+    _add_clock(parser)
+    _add_run_options(parser, "step", rounds=11, seconds=300.0)
     return parser.parse_args(arguments)
 
 
@@ -80,14 +91,8 @@ def parse_scaling(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--task", default="classification", choices=_STEP_MODELS)
     parser.add_argument("--size", default="cpu", choices=["cuda", "cpu", "tiny"])
     parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"])
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--clock", choices=["wall", "cpu"], help="cpu: processor time, one thread")
-    parser.add_argument("--only", default="*", help="glob over names of cases")
-    parser.add_argument("--rounds", type=int, default=7, help="timed rounds of a case, at most")
-    parser.add_argument("--case-seconds", type=float, default=60.0, help="rounds end after that")
-    parser.add_argument("--out", type=Path, help="folder of the results; left out: results/")
-    parser.add_argument("--name", default="scaling", help="name of the result files")
+    _add_clock(parser)
+    _add_run_options(parser, "scaling", rounds=7, seconds=60.0)
     return parser.parse_args(arguments)
 
 
@@ -107,13 +112,7 @@ def parse_compose(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--model", default="xlmr_base", choices=["xlmr_base", "small", "tiny"])
     parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"])
     parser.add_argument("--density", type=float, default=0.0276, help="of each adapter")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--only", default="*", help="glob over names of cases, e.g. '*switch*'")
-    parser.add_argument("--rounds", type=int, default=21, help="timed rounds of a case, at most")
-    parser.add_argument("--case-seconds", type=float, default=60.0, help="rounds end after so long")
-    parser.add_argument("--out", type=Path, help="folder of the results; left out: results/")
-    parser.add_argument("--name", default="compose", help="name of the result files")
+    _add_run_options(parser, "compose", rounds=21, seconds=60.0)
     return parser.parse_args(arguments)
 
 
@@ -131,16 +130,10 @@ def parse_selection(command: str, arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog=f"run.py {command}", description=what[command])
     parser.add_argument("--model", default="xlmr_base", choices=["xlmr_base", "small", "tiny"])
     parser.add_argument("--rank", type=int, default=64)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument(
         "--clock", choices=["wall", "cpu"], default="wall", help="cpu: processor time, one thread"
     )
-    parser.add_argument("--only", default="*", help="glob over names of cases")
-    parser.add_argument("--rounds", type=int, default=11, help="timed rounds of a case, at most")
-    parser.add_argument("--case-seconds", type=float, default=40.0, help="rounds end after so long")
-    parser.add_argument("--out", type=Path, help="folder of the results; left out: results/")
-    parser.add_argument("--name", default=command, help="name of the result files")
+    _add_run_options(parser, command, rounds=11, seconds=40.0)
     return parser.parse_args(arguments)
 
 
