@@ -19,7 +19,7 @@ def equal_ranks(costs: Mapping[str, int], count: int) -> dict[str, int]:
 
     Example:
         >>> equal_ranks({"a": 10, "b": 10, "c": 10, "d": 10}, 62)
-        {'a': 1, 'b': 2, 'c': 1, 'd': 2}
+        {'a': 2, 'b': 1, 'c': 2, 'd': 1}
     """
     whole = sum(costs.values())
     low, rest = divmod(count, whole)

@@ -46,7 +46,7 @@ def largest_densities(
     Example:
         >>> [fit] = largest_densities(lambda density: round(1000 + 900 * density), [(1050, "1 kB")])
         >>> fit.density, fit.peak
-        (0.055, 1050)
+        (0.056, 1050)
     """
     places = {density: place for place, density in enumerate(GRID)}
     peaks = {places[d]: peak for d, peak in (known or {}).items() if d in places}
