@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,7 @@ from sparseft.modules.input_grads import (
 )
 from sparseft.modules.leaves import MaskedParameter, leaf_attribute
 from sparseft.modules.mask_plan import check_roles, resolve_masks
+from sparseft.modules.mask_report import MaskReport, MaskReports, report_masks
 from sparseft.modules.names import ParameterIndex
 from sparseft.modules.regroup import regroup_
 from sparseft.modules.repattern import repattern_, resolve_changes
@@ -38,19 +39,6 @@ from sparseft.modules.riders import listen, unlisten
 from sparseft.modules.storage_stack import parents_of
 
 __all__ = ["Attachment", "MaskReport", "attach", "attachments_of"]
-
-
-class MaskReport(NamedTuple):
-    """One row of `Attachment.report`."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    nnz: int
-    density: float
-    changed: int  # entries of the diff that are not zero
-    l1: float
-    max_abs: float
 
 
 def attach(
@@ -272,24 +260,12 @@ class Attachment:
         sums = [masked.leaf.abs().sum() for masked in self._masked.values()]
         return torch.stack([s.to(sums[0]) for s in sums]).sum()
 
-    def report(self) -> list[MaskReport]:
-        """Describe each masked parameter: size, density, and how far it has moved."""
-        rows = []
-        for name, masked in self._masked.items():
-            size = masked.leaf.detach().abs()
-            rows.append(
-                MaskReport(
-                    name,
-                    tuple(masked.pattern.shape),
-                    str(masked.weight.dtype).removeprefix("torch."),
-                    masked.pattern.nnz,
-                    masked.pattern.density,
-                    int((size != 0).sum()),
-                    float(size.sum()),
-                    float(size.max()),
-                )
-            )
-        return rows
+    def report(self) -> MaskReports:
+        """Describe each masked parameter: size, density, how far it has moved; prints as a table.
+
+        A list of `MaskReport`, with ``total`` and ``to_markdown()``.
+        """
+        return report_masks(self._masked.values())
 
     # Values.
 
