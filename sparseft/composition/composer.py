@@ -329,8 +329,13 @@ class Composer:
             UnknownNameError, CompositionError: as `apply`, before anything is switched.
 
         Example:
-            >>> for coeffs in composer.grid({"sw": [0.5, 1.0], "nli": 1}):  # doctest: +SKIP
-            ...     scores[coeffs["sw"]] = evaluate(model)
+            >>> import torch
+            >>> from sparseft import Adapter, SparseDiff
+            >>> layer = torch.nn.Linear(2, 1, bias=False)
+            >>> diff = SparseDiff.from_dense(torch.tensor([[0.0, 2.0]]))
+            >>> composer = Composer(layer, {"sw": Adapter({"weight": diff})})
+            >>> [coeffs["sw"] for coeffs in composer.grid({"sw": [0.5, 1.0]})]
+            [0.5, 1.0]
         """
         choices = as_choices(coeffs)
         as_coeffs(list(choices), None, self._loaded)

@@ -87,8 +87,12 @@ def extract_adapter(
     miss it by a rounding, "set" never does.
 
     Example:
-        >>> adapter = extract_adapter("base/", "tuned/", density=0.05)  # doctest: +SKIP
-        >>> adapter.save("change/")  # doctest: +SKIP
+        >>> from safetensors.torch import save_file
+        >>> save_file({"w": torch.zeros(4)}, "base.safetensors")
+        >>> save_file({"w": torch.tensor([0.0, 1.0, -3.0, 0.5])}, "tuned.safetensors")
+        >>> adapter = extract_adapter("base.safetensors", "tuned.safetensors", density=0.5)
+        >>> adapter.diffs["w"].indices.tolist(), adapter.diffs["w"].values.tolist()
+        ([1, 2], [1.0, -3.0])
     """
     check_choice("mode", mode, Mode)
     check_choice("new", new, New)

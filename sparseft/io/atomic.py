@@ -69,8 +69,8 @@ def atomic_write(path: str | os.PathLike[str], *, overwrite: bool = True) -> Ite
             folders that were made for it are gone.
 
     Example:
-        >>> with atomic_write("state.bin") as file:  # doctest: +SKIP
-        ...     file.write(payload)
+        >>> with atomic_write("state.bin") as file:
+        ...     _ = file.write(b"all of it, or nothing")
     """
     target = Path(os.path.realpath(path))
     if target.exists() and not overwrite:

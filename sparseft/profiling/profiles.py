@@ -148,9 +148,10 @@ def profile(
         DataError: a model that is not found.
 
     Example:
-        >>> found = profile(  # doctest: +SKIP
-        ...     Workload(model="7b", dtype="bf16"), [0.01], predict_only=True, fits=["80GiB"]
-        ... )
+        >>> workload = Workload(model="tiny-encoder", batch=2, length=8)
+        >>> found = profile(workload, [0.01], ways=["attached"], predict_only=True)
+        >>> found.rows[0].predicted.peak > 0
+        True
     """
     limits = [_limit(given) for given in fits]
     chosen = _ways(ways, densities)
