@@ -22,6 +22,7 @@ from sparseft.errors import AttachError
 from sparseft.modules._gradient_sums import TensorSums
 from sparseft.modules._gradient_tiles import DenseGradient, EmbeddingGradient, LinearGradient
 from sparseft.modules.class_swap import masked_attributes
+from sparseft.modules.experts import StackedWeight
 from sparseft.modules.fused import FusedEmbedding, FusedLinear, fused_class
 from sparseft.modules.leaves import MaskedParameter, masked_by_weight
 from sparseft.modules.names import ParameterIndex
@@ -137,6 +138,8 @@ class Tap:
     def read(self, value: Any) -> Any:
         """Watch an alias through which a mask in training reads its weight."""
         if isinstance(value, Tensor) and value is not self.weight and value.requires_grad:
+            if isinstance(value, StackedWeight):
+                value = value.as_subclass(Tensor)  # all its gradient comes here, dense
             self.sums.used()
 
             def take(grad: Tensor) -> None:

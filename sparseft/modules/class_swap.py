@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sparseft.errors import AttachError, BaseMismatchError
+from sparseft.modules.experts import FusedExperts, is_stacked, read_in_forward
 from sparseft.modules.fused import fused_class
 from sparseft.modules.leaves import MaskedParameter, leaf_attribute
 from sparseft.modules.names import STATE_KEY, canonical_name
@@ -145,11 +146,12 @@ class MaskedModule(nn.Module):
         masks = masked_attributes(self)
         reduced: Any = super().__reduce_ex__(max(int(protocol), 2))
         _, _, *rest = reduced
-        return _new_instance, (_stock_class(type(self)), tuple(masks)), *rest
+        arguments = _stock_class(type(self)), tuple(masks), isinstance(self, FusedExperts)
+        return _new_instance, arguments, *rest
 
 
-def _new_instance(stock: type[nn.Module], attrs: tuple[str, ...]) -> nn.Module:
-    cls = _swapped_class(stock, frozenset(attrs))
+def _new_instance(stock: type[nn.Module], attrs: tuple[str, ...], stacked: bool) -> nn.Module:
+    cls = _swapped_class(stock, frozenset(attrs), stacked)
     return cls.__new__(cls)
 
 
@@ -236,7 +238,9 @@ def _property(attr: str) -> property:
         masked = self.__dict__[STATE_KEY][attr]
         if weight is None or not (torch.is_grad_enabled() and masked.leaf.requires_grad):
             return weight
-        alias = alias_at_mask(weight, masked)
+        alias = read_in_forward(self, attr, weight, masked)
+        if alias is None:
+            alias = alias_at_mask(weight, masked)
         if not torch.compiler.is_compiling():
             # isinstance(module.weight, nn.Parameter) stays true, as get_parameter() demands.
             alias._is_param = True
@@ -245,16 +249,20 @@ def _property(attr: str) -> property:
     return property(read, doc=f"{attr}, trained at a mask: an alias while gradients are recorded.")
 
 
-_classes: dict[tuple[type, frozenset[str]], type] = {}
+_classes: dict[tuple[type, frozenset[str], bool], type] = {}
 
 
 def _stock_class(cls: type) -> type:
     return cls.__dict__["_sparseft_stock"]
 
 
-def _swapped_class(stock: type[nn.Module], attrs: frozenset[str]) -> type[nn.Module]:
-    """Return the subclass of ``stock`` with ``attrs`` masked; made once."""
-    key = (stock, attrs)
+def _swapped_class(
+    stock: type[nn.Module], attrs: frozenset[str], stacked: bool = False
+) -> type[nn.Module]:
+    """Return the subclass of ``stock`` with ``attrs`` masked, ``stacked`` ones of experts among
+    them; made once.
+    """
+    key = (stock, attrs, stacked)
     if key in _classes:
         return _classes[key]
     between = [fused_class(stock) if "weight" in attrs else None]
@@ -263,6 +271,8 @@ def _swapped_class(stock: type[nn.Module], attrs: frozenset[str]) -> type[nn.Mod
     extra = [c for c in between if c is not None]
     # `stock` itself is left out where the fused class already derives from it.
     bases = [MaskedModule, *(() if any(issubclass(c, stock) for c in extra) else (stock,)), *extra]
+    if stacked:
+        bases.insert(0, FusedExperts)
     body: dict[str, Any] = {attr: _property(attr) for attr in attrs}
     body |= {
         "_sparseft_stock": stock,
@@ -273,6 +283,14 @@ def _swapped_class(stock: type[nn.Module], attrs: frozenset[str]) -> type[nn.Mod
     cls = types.new_class(stock.__name__, tuple(bases), exec_body=lambda ns: ns.update(body))
     _classes[key] = cls
     return cls
+
+
+def _class_for(
+    module: nn.Module, stock: type[nn.Module], masks: dict[str, MaskedParameter]
+) -> type[nn.Module]:
+    """Return the class of a module with these masks."""
+    stacked = any(is_stacked(module, masked) for masked in masks.values())
+    return _swapped_class(stock, frozenset(masks), stacked)
 
 
 def mask_attribute(module: nn.Module, attr: str, masked: MaskedParameter, *, owner: bool) -> None:
@@ -293,7 +311,7 @@ def mask_attribute(module: nn.Module, attr: str, masked: MaskedParameter, *, own
         module.register_parameter(leaf_attribute(attr), masked.leaf)
     module.__dict__[STATE_KEY] = {**before, attr: masked}
     try:
-        module.__class__ = _swapped_class(stock, frozenset(module.__dict__[STATE_KEY]))
+        module.__class__ = _class_for(module, stock, masked_attributes(module))
     except TypeError as bad:
         _put_back(module, attr, before, owner)
         raise AttachError(
@@ -307,7 +325,7 @@ def unmask_attribute(module: nn.Module, attr: str) -> None:
     rest = {a: m for a, m in masked_attributes(module).items() if a != attr}
     owner = _owns_leaf(module, attr, masked_attributes(module)[attr])
     stock = _stock_class(type(module))
-    module.__class__ = _swapped_class(stock, frozenset(rest)) if rest else stock
+    module.__class__ = _class_for(module, stock, rest) if rest else stock
     _put_back(module, attr, rest, owner)
 
 

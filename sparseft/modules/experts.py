@@ -1,0 +1,409 @@
+"""Stacked weights of experts: a gradient at the mask alone, for each way in which MoE layers read.
+
+A parameter (experts, a, b) holds one matrix per expert. Stock autograd makes a dense gradient of
+the whole stack for each read of a matrix of it. While its module's forward runs, the parameter
+reads as a `StackedWeight`, which stands in for the products that such layers form:
+
+- of one expert, ``F.linear(x, W[e])`` and ``x @ W[e]``: the fused backward of a layer;
+- of rows sorted by expert, ``F.grouped_mm(x, W, offs=...)``, of as many rows for each,
+  ``torch.bmm(x, W)``, and of a matrix per row, ``torch.bmm(W[ids], x)``: `_ExpertsAtMask`.
+
+Anything else sees the alias of the generic tier, one for all reads of a forward.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparseft.diff import SparsePattern, index_dtype_for
+from sparseft.modules.leaves import MaskedParameter
+from sparseft.modules.taps import (
+    _autocast_input,
+    _first_order,
+    alias_at_mask,
+    conv1d_at_mask,
+    linear_at_mask,
+)
+from sparseft.ops.sampled_grad import weight_grad_at
+
+__all__ = ["FusedExperts", "StackedWeight", "is_stacked", "read_in_forward"]
+
+# While a forward runs: `module.__dict__[_READS]`, attribute name -> its `StackedWeight`.
+_READS = "_sparseft_stacked"
+
+
+def is_stacked(module: nn.Module, masked: MaskedParameter) -> bool:
+    """Whether a weight looks like a matrix for each of several experts.
+
+    (Torch's own layers with three dimensions are convolutions and bilinear forms.)
+    """
+    shape = masked.pattern.shape
+    ours = type(module).__module__.startswith("torch.nn.") or isinstance(module, nn.Conv1d)
+    return not ours and len(shape) == 3 and min(shape) > 1
+
+
+class _Entries(NamedTuple):
+    """A stack's mask, expert by expert."""
+
+    counts: list[int]
+    local: list[Tensor]  # flat positions within the expert's matrix
+
+
+_entries: weakref.WeakKeyDictionary[MaskedParameter, tuple[SparsePattern, _Entries]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def _faked() -> bool:
+    from torch._guards import active_fake_mode
+
+    return active_fake_mode() is not None
+
+
+def _even(total: int, parts: int) -> list[int]:
+    """Share out what is not known under fake tensors."""
+    return [total // parts + (part < total % parts) for part in range(parts)]
+
+
+def _entries_of(masked: MaskedParameter) -> _Entries:
+    """Return the entries of each expert; made once per mask, which waits for the device once.
+
+    The positions within matrices stay as long as the mask: ops keep their layouts by them.
+    """
+    pattern = masked.pattern
+    known = _entries.get(masked)
+    if known is not None and known[0] is pattern:
+        return known[1]
+    experts, size = pattern.shape[0], math.prod(pattern.shape[1:])
+    indices = pattern.indices
+    if _faked():
+        counts, local = _even(indices.numel(), experts), torch.empty_like(indices)
+    else:
+        which = torch.div(indices, size, rounding_mode="floor")
+        counts = torch.bincount(which, minlength=experts).tolist()
+        local = (indices - which * size).to(index_dtype_for(size))
+    found = _Entries(counts, list(local.split(counts)))
+    if not _faked():
+        _entries[masked] = (pattern, found)
+    return found
+
+
+class _OfExpert(NamedTuple):
+    """One expert's part of a mask, as the fused layers take a `MaskedParameter`."""
+
+    name: str
+    leaf: Tensor
+    pattern: Any
+    backend: str | None
+
+
+class _Where(NamedTuple):
+    indices: Tensor
+
+
+class _Read:
+    """What the reads of one stacked weight share during one forward.
+
+    Args:
+        weight: (experts, a, b), the parameter.
+        masked: its mask.
+    """
+
+    def __init__(self, weight: Tensor, masked: MaskedParameter) -> None:
+        self.weight, self.masked = weight.detach(), masked
+        self._pieces: tuple[Tensor, ...] | None = None
+
+    def expert(self, number: int) -> _OfExpert:
+        """Return one expert's mask; its leaf is a piece of the leaf, split once for all of them."""
+        counts, local = _entries_of(self.masked)
+        if self._pieces is None:
+            self._pieces = self.masked.leaf.split(counts)
+        masked = self.masked
+        where = _Where(local[number])
+        return _OfExpert(masked.name, self._pieces[number], where, masked.backend)
+
+
+class _ExpertsAtMask(torch.autograd.Function):
+    """Products of rows with the matrix of each one's expert; the leaf gets dW at its mask.
+
+    ``how`` says which rows are whose: "groups": offsets (experts,) where each group of rows ends;
+    "pairs": an expert (rows,) for each row; "blocks": nothing, as many rows for each.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        leaf: Tensor,
+        whose: Tensor | None,
+        gathered: Tensor | None,
+        how: str,
+        transposed: bool,
+        masked: MaskedParameter,
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, whose)
+        ctx.how, ctx.transposed, ctx.masked, ctx.name = how, transposed, masked, masked.name
+        ctx.leaf_dtype, ctx.entries = leaf.dtype, _entries_of(masked)
+        return _product(x, weight, whose, gathered, how, transposed)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> Any:
+        x, weight, whose = ctx.saved_tensors
+        dx = dleaf = None
+        with torch.no_grad():
+            if ctx.needs_input_grad[0]:
+                w = weight if ctx.how == "pairs" else weight.to(grad_output.dtype)
+                dx = _product(grad_output, w, whose, None, ctx.how, not ctx.transposed).to(x.dtype)
+            if ctx.needs_input_grad[2]:
+                rows = _rows_by_expert(ctx.how, whose, x, len(ctx.entries.counts))
+                dleaf = _gradient(ctx, grad_output, x, rows).to(ctx.leaf_dtype)
+        dx, dleaf = _first_order(ctx, dx, dleaf)
+        return dx, None, dleaf, None, None, None, None, None
+
+
+def _product(
+    x: Tensor,
+    weight: Tensor,
+    whose: Tensor | None,
+    gathered: Tensor | None,
+    how: str,
+    transposed: bool,
+) -> Tensor:
+    """Return ``x W_e`` (``transposed``: the weight is stored (in, out)) or ``x W_e^T``."""
+    if how == "groups":
+        w = weight if transposed else weight.transpose(-2, -1)
+        return torch._grouped_mm(_aligned(x), w, offs=whose)
+    if how == "blocks":
+        return torch.bmm(x, weight if transposed else weight.transpose(-2, -1))
+    if gathered is None:
+        gathered = weight[whose].to(x.dtype)
+    if transposed:
+        return torch.bmm(x.unsqueeze(1), gathered).squeeze(1)
+    return torch.bmm(gathered, x.unsqueeze(-1)).squeeze(-1)
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """Return rows as grouped_mm takes them: one of its strides 1, as backward may not give them."""
+    return x if x.stride(-1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
+
+
+def _rows_by_expert(how: str, whose: Tensor | None, x: Tensor, experts: int) -> list[Any]:
+    """Return which rows of ``x``, flattened to (rows, in), belong to each expert: slices, or their
+    numbers.
+
+    Waits for the device, except for "blocks".
+    """
+    if how == "blocks" or whose is None:
+        sizes = [x.shape[1]] * experts
+    elif _faked():
+        sizes = _even(x.shape[0], experts)
+    elif how == "groups":
+        ends = whose.tolist()
+        sizes = [end - start for start, end in zip([0, *ends], ends, strict=False)]
+    else:
+        sizes = torch.bincount(whose, minlength=experts).tolist()
+    if how == "pairs" and whose is not None:
+        return list(whose.argsort(stable=True).split(sizes))
+    slices, start = [], 0
+    for size in sizes:
+        slices.append(slice(start, start + size))
+        start += size
+    return slices
+
+
+def _gradient(ctx: Any, grad_output: Tensor, x: Tensor, rows: list[slice] | list[Tensor]) -> Tensor:
+    """Return (nnz,): each expert's gradient at its entries."""
+    dy, x = grad_output.reshape(-1, grad_output.shape[-1]), x.reshape(-1, x.shape[-1])
+    parts = [
+        weight_grad_at(dy[own], x[own], local, ctx.transposed, ctx.masked.backend or "")
+        for own, local in zip(rows, ctx.entries.local, strict=True)
+        if local.numel()
+    ]
+    return torch.cat(parts)
+
+
+class StackedWeight(Tensor):
+    """A stacked weight as its module reads it in forward: the alias of the generic tier, which
+    notices the products that have a fused backward.
+
+    Selecting an expert (or one per row) and swapping the last two dimensions give another one.
+
+    Attributes:
+        read: what the reads of this forward share.
+        chosen: None for the whole stack; one expert; or (rows,) experts.
+        swapped: whether the last two dimensions are.
+    """
+
+    read: _Read
+    chosen: int | Tensor | None
+    swapped: bool
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        handler = _HANDLERS.get(func)
+        with torch._C.DisableTorchFunctionSubclass():
+            if handler is not None:
+                result = handler(*args, **kwargs)
+                if result is not NotImplemented:
+                    return result
+            return func(*args, **kwargs)
+
+
+def _stacked(
+    alias: Tensor, read: _Read, chosen: int | Tensor | None = None, swapped: bool = False
+) -> StackedWeight:
+    stacked = alias.as_subclass(StackedWeight)
+    stacked.read, stacked.chosen, stacked.swapped = read, chosen, swapped
+    return stacked
+
+
+def read_in_forward(
+    module: nn.Module, attr: str, weight: Tensor, masked: MaskedParameter
+) -> Tensor | None:
+    """Return the `StackedWeight` of a masked attribute, one for all of a forward.
+
+    None for other weights, outside of the module's forward, and where it would not do: under
+    ``torch.compile``, in a CUDA graph (rows are counted on the host).
+    """
+    reads = module.__dict__.get(_READS)
+    if reads is None or not is_stacked(module, masked):
+        return None
+    if attr not in reads:
+        reads[attr] = _stacked(alias_at_mask(weight, masked), _Read(weight, masked))
+    return reads[attr]
+
+
+class FusedExperts(nn.Module):
+    """In front of a module that has stacked weights: says while its forward runs."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if (
+            torch.compiler.is_compiling()
+            or not torch.is_grad_enabled()
+            or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
+        ):
+            return super().forward(*args, **kwargs)
+        outer = self.__dict__.get(_READS)
+        self.__dict__[_READS] = {}
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            if outer is None:
+                del self.__dict__[_READS]
+            else:
+                self.__dict__[_READS] = outer
+
+
+# What stands in for which function. Arguments as those take them; NotImplemented: the alias's turn.
+
+
+def _getitem(w: Any, index: Any) -> Any:
+    if not isinstance(w, StackedWeight) or w.chosen is not None or w.swapped:
+        return NotImplemented
+    if isinstance(index, Tensor):
+        if index.dtype not in (torch.int64, torch.int32):
+            return NotImplemented
+        if index.ndim == 1:
+            return _stacked(Tensor.__getitem__(w, index), w.read, index)
+        if index.ndim:
+            return NotImplemented
+        index = 0 if _faked() else int(index)
+    if type(index) is not int:
+        return NotImplemented
+    return _stacked(w.select(0, index), w.read, index % w.shape[0])
+
+
+def _swap(w: Any, dim0: int = -2, dim1: int = -1) -> Any:
+    if {dim0 % w.ndim, dim1 % w.ndim} != {w.ndim - 2, w.ndim - 1}:
+        return NotImplemented
+    return _stacked(w.transpose(-2, -1), w.read, w.chosen, not w.swapped)
+
+
+def _transposed(w: Any) -> Any:
+    return _swap(w) if w.ndim == 2 else NotImplemented
+
+
+def _linear(x: Any, w: Any, bias: Any = None) -> Any:
+    if not isinstance(w, StackedWeight) or type(w.chosen) is not int:
+        return NotImplemented
+    layer = conv1d_at_mask if w.swapped else linear_at_mask
+    if w.swapped and bias is not None:
+        return NotImplemented
+    masked: Any = w.read.expert(w.chosen)
+    return layer(x, w.read.weight[w.chosen], bias, masked)
+
+
+def _matmul(x: Any, w: Any) -> Any:
+    if isinstance(w, StackedWeight) and type(w.chosen) is int:
+        layer = linear_at_mask if w.swapped else conv1d_at_mask
+        masked: Any = w.read.expert(w.chosen)
+        return layer(x, w.read.weight[w.chosen], None, masked)
+    return _bmm(x, w)
+
+
+def _right_matmul(w: Any, x: Any) -> Any:
+    return _matmul(x, w)
+
+
+def _bmm(a: Any, b: Any) -> Any:
+    if isinstance(b, StackedWeight) and b.chosen is None and a.ndim == 3:
+        return _apply(a, b, None, "blocks", not b.swapped)
+    if isinstance(b, StackedWeight) and isinstance(b.chosen, Tensor) and a.shape[1:-1] == (1,):
+        return _apply(a.squeeze(1), b, b.chosen, "pairs", not b.swapped).unsqueeze(1)
+    if isinstance(a, StackedWeight) and isinstance(a.chosen, Tensor) and b.shape[2:] == (1,):
+        return _apply(b.squeeze(-1), a, a.chosen, "pairs", a.swapped).unsqueeze(-1)
+    return NotImplemented
+
+
+def _grouped_mm(x: Any, w: Any, offs: Any = None, bias: Any = None, out_dtype: Any = None) -> Any:
+    fits = isinstance(w, StackedWeight) and w.chosen is None and x.ndim == 2 and offs is not None
+    if not fits or bias is not None or out_dtype is not None:
+        return NotImplemented
+    return _apply(x, w, offs, "groups", not w.swapped)
+
+
+def _apply(x: Tensor, w: StackedWeight, whose: Tensor | None, how: str, transposed: bool) -> Any:
+    gathered = None
+    if how != "groups":  # which autocast leaves alone
+        x = _autocast_input(x)
+    if how == "pairs":
+        gathered = w.detach()
+        if w.swapped:
+            gathered = gathered.transpose(-2, -1)
+        gathered = gathered.to(x.dtype)
+    read = w.read
+    masked = read.masked
+    return _ExpertsAtMask.apply(
+        x, read.weight, masked.leaf, whose, gathered, how, transposed, masked
+    )
+
+
+_HANDLERS: dict[Any, Callable[..., Any]] = {
+    Tensor.__getitem__: _getitem,
+    torch.transpose: _swap,
+    Tensor.transpose: _swap,
+    Tensor.t: _transposed,
+    Tensor.T.__get__: _transposed,  # type: ignore[attr-defined]
+    Tensor.mT.__get__: _swap,  # type: ignore[attr-defined]
+    F.linear: _linear,
+    torch.matmul: _matmul,
+    Tensor.matmul: _matmul,
+    Tensor.__matmul__: _matmul,
+    Tensor.__rmatmul__: _right_matmul,
+    torch.mm: _matmul,
+    Tensor.mm: _matmul,
+    torch.bmm: _bmm,
+    Tensor.bmm: _bmm,
+    torch._grouped_mm: _grouped_mm,
+}
