@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from sparseft.ops import backend
     from sparseft.optim import SparseAdamW, SparseLion, SparseSGD
     from sparseft.selection import register_selector, select
-    from sparseft.training import Reselection, lottery_ticket
+    from sparseft.training import Reselection, SparseCallback, TrainingMeter, lottery_ticket, track
 
 # Public name -> module that defines it.
 _EXPORTS = {
@@ -38,11 +38,13 @@ _EXPORTS = {
     "Reselection": "sparseft.training",
     "SeparateComposer": "sparseft.composition",
     "SparseAdamW": "sparseft.optim",
+    "SparseCallback": "sparseft.training",
     "SparseDiff": "sparseft.diff",
     "SparseFtError": "sparseft.errors",
     "SparseLion": "sparseft.optim",
     "SparsePattern": "sparseft.diff",
     "SparseSGD": "sparseft.optim",
+    "TrainingMeter": "sparseft.training",
     "attach": "sparseft.attachment",
     "attachments_of": "sparseft.attachment",
     "backend": "sparseft.ops",
@@ -53,6 +55,7 @@ _EXPORTS = {
     "overlap_report": "sparseft.composition",
     "register_selector": "sparseft.selection",
     "select": "sparseft.selection",
+    "track": "sparseft.training",
 }
 
 __all__ = [
@@ -63,11 +66,13 @@ __all__ = [
     "Reselection",
     "SeparateComposer",
     "SparseAdamW",
+    "SparseCallback",
     "SparseDiff",
     "SparseFtError",
     "SparseLion",
     "SparsePattern",
     "SparseSGD",
+    "TrainingMeter",
     "__version__",
     "attach",
     "attachments_of",
@@ -79,6 +84,7 @@ __all__ = [
     "overlap_report",
     "register_selector",
     "select",
+    "track",
 ]
 
 

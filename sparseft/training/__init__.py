@@ -7,9 +7,12 @@ Here: when to train what, and going on after an interruption. Not here: what a m
 
 from __future__ import annotations
 
+from sparseft.training.callback import SparseCallback
 from sparseft.training.loop import LoopResult, LoopTrainer
 from sparseft.training.lottery import LotteryTicketResult, dense_phase, lottery_ticket
+from sparseft.training.meter import Reading, TrainingMeter
 from sparseft.training.phases import Phase
+from sparseft.training.progress import track
 from sparseft.training.reselection import Reselection
 from sparseft.training.schedule import SCHEDULES
 
@@ -19,7 +22,11 @@ __all__ = [
     "LoopTrainer",
     "LotteryTicketResult",
     "Phase",
+    "Reading",
     "Reselection",
+    "SparseCallback",
+    "TrainingMeter",
     "dense_phase",
     "lottery_ticket",
+    "track",
 ]

@@ -1,0 +1,317 @@
+"""`SparseCallback`: adapters beside checkpoints, figures in the logs and warnings, for
+``transformers.Trainer``.
+
+Through public events alone. Here: when what happens. Not here: the figures and warnings
+(`sparseft.training.meter`), and how masks move (`sparseft.training.reselection`).
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from sparseft.attachment import Attachment, attachments_of
+from sparseft.errors import AttachError, DiffError
+from sparseft.training.meter import Reading, TrainingMeter
+from sparseft.training.saved_entries import begin_watching, saved_entries
+from sparseft.training.token_hook import count_tokens
+
+__all__ = ["SparseCallback"]
+
+logger = logging.getLogger(__name__)
+
+_PREFIX = "sparse/"
+
+
+class SparseCallback:
+    """Watches and saves the masks of a model that ``transformers.Trainer`` trains.
+
+    ``SparseCallback().add_to(trainer)``, or ``Trainer(callbacks=[SparseCallback()])``: Trainer
+    calls its reporters (TensorBoard, W&B) before the callbacks that it is given, so figures get
+    into their logs with `add_to` only; into ``state.log_history`` and
+    ``trainer_state.json`` with both.
+
+    **Adapters.** ``checkpoint-N/adapter/`` beside each complete checkpoint, with the masks of that
+    moment, and ``output_dir/adapter/`` when training ends: after ``load_best_model_at_end`` that is
+    the best model's. Written whole or not at all, by the first process; `sparseft.Adapter.load`
+    reads them. They are deleted with their checkpoint (``save_total_limit``).
+
+    **Figures**, in each training log and in the metrics of the run:
+
+    =============================== ================================================================
+    ``sparse/nnz``                  trained entries, full parameters aside
+    ``sparse/density``              nnz over all entries of the masked tensors
+    ``sparse/diff_norm``            Euclidean norm of all diffs
+    ``sparse/l1``                   sum of their absolute values
+    ``sparse/trained_state_bytes``  indices, bases, leaves, gradients, optimizer state, and the same
+                                    of full parameters
+    ``sparse/rounded_away``         entries whose diff is too small to change their weight
+    ``sparse/no_gradient_yet``      entries that no gradient has reached (``watch_entries``)
+    ``sparse/tokens_per_second``    input tokens since the last log, padding included, of all
+                                    processes; evaluation and saving count as time
+    =============================== ================================================================
+
+    **Warnings**, each once: entries that never got a gradient, diffs rounded away and gradients of
+    zero in fp16.
+
+    Args:
+        attachment: whose masks; default the last one on the trainer's model when training begins.
+        adapter: name of the folder, and of the adapter; None: write none.
+        compact: while it trains, checkpoints hold leaves, full parameters and buffers only, as with
+            ``attach(..., compact_state_dict=True)``. A resumed run attaches the same masks to the
+            same base. After training ``save_model()`` writes the whole model again.
+        watch_entries: note before each optimizer step which entries get gradient: one byte an
+            entry; `Attachment.report` shows it.
+        log: add the figures.
+
+    Raises:
+        AttachError: an attachment of another type; when training begins, a model without masks.
+
+    Numerics: training is not touched. Nothing waits for the device between logs and saves. Tokens
+        are the entries of ``input_ids`` (shapes alone, the attention mask is not read), or
+        Trainer's own count where ``include_num_input_tokens_seen`` is set; a compiled model's
+        can be counted in that way only.
+
+    Example:
+        >>> trainer = transformers.Trainer(model, args, train_dataset=data)  # doctest: +SKIP
+        >>> SparseCallback().add_to(trainer)  # doctest: +SKIP
+        >>> trainer.train()  # doctest: +SKIP
+        >>> sparseft.Adapter.load("out/adapter")  # doctest: +SKIP
+    """
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> SparseCallback:
+        # What Trainer gets derives from its own classes, which are imported here and no earlier.
+        kind: Any = cls
+        return super().__new__(_as_callback(kind))
+
+    def __init__(
+        self,
+        attachment: Attachment | None = None,
+        *,
+        adapter: str | None = "adapter",
+        compact: bool = False,
+        watch_entries: bool = True,
+        log: bool = True,
+    ) -> None:
+        if attachment is not None and not isinstance(attachment, Attachment):
+            raise AttachError(
+                f"SparseCallback(attachment) got {type(attachment).__name__}, wanted what "
+                "sparseft.attach() returned, or nothing: it finds the masks of the trainer's model."
+            )
+        self._given = attachment
+        self.attachment = attachment  # of the run; known from its beginning on
+        self.adapter, self.compact = adapter, compact
+        self.watch_entries, self.log = watch_entries, log
+        self.meter: TrainingMeter | None = None
+        self._saved: dict[str, Any] = {}  # put here by Trainer, from a checkpoint's trainer state
+        self._trainer: Callable[[], Any] = lambda: None
+        self._undo: list[Callable[[], None]] = []
+
+    def add_to(self, trainer: Any) -> SparseCallback:
+        """Add this to a trainer so that its reporters get the figures, too; returns this."""
+        callbacks = trainer.callback_handler.callbacks
+        if self not in callbacks:
+            trainer.add_callback(self)
+        kind = _forerunner()
+        if not any(isinstance(callback, kind) for callback in callbacks):
+            callbacks.insert(0, kind(weakref.ref(trainer)))
+        return self
+
+    # -- events ---
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Find the masks; take back what a checkpoint says of their entries."""
+        self._end()
+        model = kwargs["model"]
+        attachment = self._given or _last_attachment(model)
+        self.attachment = attachment
+        self.meter = meter = TrainingMeter(
+            attachment, kwargs.get("optimizer"), watch_entries=self.watch_entries
+        )
+        meter.steps = state.global_step
+        # Trainer wants the key when it saves; a checkpoint without this callback has none.
+        saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+        if self.watch_entries:
+            begin_watching(attachment, saved if state.global_step else None, state.global_step)
+        if self.compact:
+            self._undo.append(_made_compact(attachment))
+        if _counts_tokens(args):
+            meter.restart(state.num_input_tokens_seen)
+        else:
+            outer = getattr(self._trainer(), "model_wrapped", None)
+            self._undo.append(count_tokens(outer if outer is not None else model, meter))
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Look at the gradients."""
+        if self.meter is not None:
+            self.meter.before_step()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Add the figures to a training log, and warn where they give cause to."""
+        meter = self.meter
+        if logs is None or meter is None or not state.is_world_process_zero:
+            return
+        if not ("loss" in logs or "train_loss" in logs) or f"{_PREFIX}nnz" in logs:
+            return  # of an evaluation; or the forerunner has been here
+        others = args.world_size
+        if _counts_tokens(args):
+            meter.counted, others = state.num_input_tokens_seen, 1
+        reading = meter.read()
+        if self.log:
+            figures = _figures(reading, others)
+            logs.update(figures)
+            if state.log_history:
+                state.log_history[-1].update(figures)
+        meter.warn(reading)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write the adapter into the checkpoint, which is complete but for it."""
+        if state.is_world_process_zero:
+            folder = _checkpoint(args, state)
+            if folder is not None:
+                self._write(folder, state.global_step)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write the adapter of the model as it is now: the best one, where that was loaded."""
+        meter = self.meter
+        if meter is not None and state.is_world_process_zero:
+            best = args.load_best_model_at_end and state.best_model_checkpoint is not None
+            step = getattr(state, "best_global_step", None) if best else state.global_step
+            self._write(Path(args.output_dir), step)
+            meter.warn(meter.read(), last=True)
+        self._end()
+
+    def state(self) -> dict[str, Any]:
+        """Return what Trainer keeps in a checkpoint's ``trainer_state.json``."""
+        options = ("adapter", "compact", "watch_entries", "log")
+        seen = {}
+        if self.meter is not None and self.watch_entries:
+            seen = saved_entries(self.meter.attachment)
+        return {
+            "args": {name: getattr(self, name) for name in options},
+            "attributes": {"_saved": seen},
+        }
+
+    # -- work ---
+
+    def _write(self, folder: Path, step: int | None) -> None:
+        if self.adapter is None or self.attachment is None:
+            return
+        extra = {} if step is None else {"global_step": step}
+        try:
+            self.attachment.adapter(self.adapter, extra=extra).save(folder / self.adapter)
+        except DiffError as bad:
+            logger.warning("no adapter in %s: %s", folder, bad)
+
+    def _end(self) -> None:
+        while self._undo:
+            self._undo.pop()()
+
+
+def _figures(reading: Reading, processes: int) -> dict[str, float]:
+    """Return the figures by their keys in a log."""
+    figures: dict[str, float] = {
+        "nnz": reading.nnz,
+        "density": reading.density,
+        "diff_norm": reading.diff_norm,
+        "l1": reading.l1,
+        "trained_state_bytes": reading.trained_state_bytes,
+        "rounded_away": reading.rounded_away,
+    }
+    if reading.never_touched is not None:
+        figures["no_gradient_yet"] = sum(reading.never_touched.values())
+    if reading.tokens_per_second is not None:
+        figures["tokens_per_second"] = reading.tokens_per_second * processes
+    return {_PREFIX + key: value for key, value in figures.items()}
+
+
+def _counts_tokens(args: Any) -> bool:
+    """Whether Trainer counts input tokens itself, over all processes."""
+    return getattr(args, "include_num_input_tokens_seen", False) not in (False, "no")
+
+
+def _last_attachment(model: nn.Module) -> Attachment:
+    """Return the last attachment on a model, or on what it wraps.
+
+    Raises:
+        AttachError: there is none.
+    """
+    found = [a for module in model.modules() for a in attachments_of(module)]
+    if not found:
+        raise AttachError(
+            f"SparseCallback: no masks are attached to this {type(model).__name__}. Call "
+            "sparseft.attach(model, masks) before train(); in lottery_ticket, add the callback "
+            "where phase.attachment is not None."
+        )
+    return found[-1]
+
+
+def _made_compact(attachment: Attachment) -> Callable[[], None]:
+    """Make state dicts compact; returns what makes them as they were."""
+    masks = list(attachment._masked.values())
+    before = attachment.compact_state_dict, [masked.compact for masked in masks]
+
+    def put(whole: bool, each: list[bool]) -> None:
+        attachment.compact_state_dict = whole
+        for masked, compact in zip(masks, each, strict=True):
+            masked.compact = compact
+
+    put(True, [True] * len(masks))
+    return functools.partial(put, *before)
+
+
+def _checkpoint(args: Any, state: Any) -> Path | None:
+    """Return the folder of the checkpoint that has just been written."""
+    folder, name = Path(args.output_dir), f"checkpoint-{state.global_step}"
+    if not state.is_hyper_param_search:
+        return folder / name if (folder / name).is_dir() else None
+    # One folder for each trial; the newest is this one's.
+    found = [path for path in folder.glob(f"*/{name}") if path.is_dir()]
+    return max(found, key=lambda path: path.stat().st_mtime, default=None)
+
+
+@functools.cache
+def _as_callback(cls: type) -> type:
+    """Return ``cls`` as a class of Trainer's callbacks that are saved with checkpoints."""
+    from transformers import TrainerCallback
+    from transformers.trainer_callback import ExportableState
+
+    if issubclass(cls, TrainerCallback):
+        return cls
+    body = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    return type(cls.__name__, (cls, TrainerCallback, ExportableState), body)
+
+
+@functools.cache
+def _forerunner() -> Any:
+    """Return the class of what is called before the reporters."""
+    from transformers import TrainerCallback
+
+    class SparseForerunner(TrainerCallback):
+        """Calls on_log of a trainer's `SparseCallback`, whichever object that is now: Trainer makes
+        new ones with ``restore_callback_states_from_checkpoint``.
+        """
+
+        def __init__(self, trainer: Callable[[], Any]) -> None:
+            self.trainer = trainer
+
+        def _found(self) -> list[SparseCallback]:
+            trainer = self.trainer()
+            callbacks = [] if trainer is None else trainer.callback_handler.callbacks
+            return [callback for callback in callbacks if isinstance(callback, SparseCallback)]
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            for callback in self._found():
+                callback._trainer = self.trainer
+
+        def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            for callback in self._found():
+                callback.on_log(args, state, control, **kwargs)
+
+    return SparseForerunner
