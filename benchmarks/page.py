@@ -18,8 +18,9 @@ that is not there.
     table FILE [CASES]                         what was measured, whole; CASES: glob over names
     best FILE [CASES]                          ours beside the fastest of the others
     targets, steps, sweep, profile FILE        other tables
+    precisions FILE                            the same, of `run.py amp`
     plot FILE KIND                             picture beside the file: speedup, density, roofline,
-                                               scaling, memory
+                                               scaling, memory, losses
     source FILE                                commit, machine, versions
     link FILE TEXT                             link to a result file
 

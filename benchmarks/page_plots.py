@@ -17,6 +17,7 @@ KINDS = {
     "roofline": "Roofline with the ceilings of the run",
     "scaling": "Time and memory against batch, width and density",
     "memory": "Peak memory of a step by its parts",
+    "losses": "Loss in every precision, and its distance from dense-masked fp32",
 }
 
 
@@ -31,6 +32,12 @@ def draw(files: Files, file: str, kind: str, path: Path) -> None:
     if kind == "memory":
         profiles = files.document(file).get("profiles", [])
         if stacked((memory_picture(found) for found in profiles), path) is None:
+            raise PageError(f"results/{file} has nothing for a plot of {kind}")
+        return
+    if kind == "losses":
+        from amp_curves import plot
+
+        if plot(files.document(file).get("curves", []), path) is None:
             raise PageError(f"results/{file} has nothing for a plot of {kind}")
         return
     if kind == "scaling":

@@ -214,6 +214,13 @@ def steps(files: Files, file: str, task: str = "*") -> str:
     return markdown_table(rows, heads).rstrip()
 
 
+def precisions(files: Files, file: str) -> str:
+    """Every way of `run.py amp`: how far from the reference, limits in brackets."""
+    from amp_curves import table
+
+    return table(files.document(file)["curves"]).rstrip()
+
+
 def sweep(files: Files, file: str, *labels: str) -> str:
     """Methods by density, mean over the target languages; ``name=Label`` says it better."""
     from sparseft.evaluation.comparison import mean_cell
@@ -311,6 +318,7 @@ def _named(versions: Mapping[str, str]) -> Sequence[str]:
 TABLES: dict[str, Callable[..., str]] = {
     "best": best,
     "link": link,
+    "precisions": precisions,
     "profile": profiles,
     "source": source,
     "steps": steps,

@@ -11,6 +11,7 @@
     python benchmarks/run.py step                    # training steps, every way to train
     python benchmarks/run.py scaling                 # steps by batch, width and density
     python benchmarks/run.py mask                    # attached against a gradient mask, 15 minutes
+    python benchmarks/run.py amp                     # mixed precision, 300 real steps, 30 minutes
 
 Results go to results/ from a clean checkout and with all checks passed, else to results/scratch/;
 python benchmarks/page.py then makes the page. Run it as a file, not with -m. The sides run in
@@ -27,6 +28,7 @@ HERE = Path(__file__).resolve().parent
 if str(HERE) not in sys.path:  # loaded by its path, as tests do
     sys.path.append(str(HERE))
 
+import amp_curves  # noqa: E402
 import gpu_suite  # noqa: E402
 import run_mask  # noqa: E402
 import run_package  # noqa: E402
@@ -69,7 +71,14 @@ def mask(arguments: list[str]) -> int:
     return run_mask.main(arguments, results=HERE / "results")
 
 
-COMMANDS = ("suite", "ops", "profile", "step", "scaling", "mask", "compose", "denoise", "select")
+def amp(arguments: list[str]) -> int:
+    return amp_curves.main(arguments, results=HERE / "results")
+
+
+COMMANDS = (
+    *("suite", "ops", "profile", "step", "scaling", "mask", "amp"),
+    *("compose", "denoise", "select"),
+)
 
 
 def main(arguments: list[str]) -> int:

@@ -1,0 +1,240 @@
+"""`run.py amp`: loss curves in mixed precision against dense-masked fp32, on real data.
+
+The reference is dense fine-tuning in fp32 whose gradients and updates are masked (`amp_ways`): the
+same start, batches, rates, clipping and decay. Every way of ours is held to limits that come from
+dense runs alone:
+
+- **Loss and diff**: against the reference, at most twice as far as the dense run of the same
+  precision is. For fp32 that dense run is the reference with the rows of every batch reversed: the
+  same loss and gradient, summed in another order, so that what it differs by is what rounding grows
+  to over the run. It is the least limit of every precision. A bf16 base is held against dense
+  training of bf16 weights with fp32 masters, which is what a diff in fp32 stands for; pure bf16
+  AdamW is shown, and no limit. Loss: largest and mean absolute difference, smoothed over
+  `WINDOW` steps. Diff: RMS of the difference over RMS of the reference's diff, all tensors, at the
+  end; the fp32 reference keeps sums, not diffs, and what it loses by that counts, too.
+- **Lost**: AdamW in fp64 on the very gradients of a run, for entries of every tensor, against the
+  values that the run has at its end: at most twice what the fp32 reference loses. This limit is
+  free of chaos, and six digits tight: a diff kept in bf16 is over it a thousandfold.
+- **Frozen**: no bit outside the mask changes, on any side. **Skipped**: the GradScaler leaves out
+  as many steps as on the dense side.
+- **Meaning**: the largest of the loss limits may be a quarter of what another order of the batches
+  does to the loss; above, they would allow anything.
+
+Two mistakes run besides and have to be caught: a diff kept in bf16, and another mask.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from amp_study import Study, real_study
+from amp_ways import WAYS, Curve, Way, run_way
+from torch import Tensor
+
+from sparseft.benchmarking import markdown_table, results_folder, write_results
+from sparseft.benchmarking.checks import Check
+
+__all__ = ["STEPS", "WINDOW", "curves", "main", "plot", "table"]
+
+STEPS = 300
+# Steps that a smoothed loss is the mean of.
+WINDOW = 20
+FACTOR = 2.0
+_FLOOR = "dense fp32, rows reversed"
+_ORDER = "dense fp32, another order"
+_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+def smoothed(losses: Sequence[float], window: int = WINDOW) -> Tensor:
+    """Return means over a moving window, (steps - window + 1,) fp64."""
+    wide = torch.tensor(losses, dtype=torch.float64)
+    return wide.unfold(0, min(window, len(losses)), 1).mean(1)
+
+
+def distances(curve: Curve, reference: Curve) -> dict[str, float]:
+    """Return how far a curve is from the reference: its loss, and its diff at the end."""
+    apart = (smoothed(curve.losses) - smoothed(reference.losses)).abs()
+    over = {n: (curve.diff[n] - d).double().square().sum() for n, d in reference.diff.items()}
+    whole = sum(float(d.double().square().sum()) for d in reference.diff.values())
+    return {
+        "loss max": float(apart.max()),
+        "loss mean": float(apart.mean()),
+        "diff": (sum(float(o) for o in over.values()) / whole) ** 0.5,
+        "lost": curve.lost,
+    }
+
+
+def curves(
+    study: Study, ways: Sequence[Way] = WAYS, *, progress: Callable[[str], None] | None = None
+) -> list[dict[str, Any]]:
+    """Run ways, hold ours to their limits, and return a row each, ready for JSON.
+
+    Args:
+        study: what they train.
+        ways: the reference first, and before a way of ours the dense ways that set its limits.
+        progress: is told of what was done.
+    """
+    reference = run_way(ways[0], study, progress=progress)
+    rows: dict[str, dict[str, Any]] = {}
+    for way in ways:
+        curve = reference if way is ways[0] else run_way(way, study, progress=progress)
+        far = distances(curve, reference)
+        checks = [Check("entries outside the mask that changed", curve.moved, 0)]
+        if way.limit:
+            checks += _checks(curve, far, rows, reference)
+        passed = all(check.passed for check in checks)
+        rows[way.name] = {
+            "name": way.name,
+            "ours": way.ours,
+            "limit": way.limit,
+            "spoil": way.spoil,
+            "good": passed != bool(way.spoil),
+            "checks": [{**vars(check), "passed": check.passed} for check in checks],
+            "distance": far,
+            "skipped": curve.skipped,
+            "seconds": curve.seconds,
+            "first": sum(curve.losses[:WINDOW]) / len(curve.losses[:WINDOW]),
+            "last": sum(curve.losses[-WINDOW:]) / len(curve.losses[-WINDOW:]),
+            "losses": [round(loss, 7) for loss in curve.losses],
+        }
+        if progress is not None:
+            text = "; ".join(str(check) for check in checks if not check.passed) or "within limits"
+            progress(f"{way.name}: {curve.seconds:.0f} s, {text}")
+    return list(rows.values())
+
+
+def _checks(
+    curve: Curve, far: Mapping[str, float], rows: Mapping[str, Any], reference: Curve
+) -> list[Check]:
+    dense, floor, order = (rows[n] for n in (curve.way.limit, _FLOOR, _ORDER))
+    checks = []
+    for name in ("loss max", "loss mean", "diff"):
+        least = max(dense["distance"][name], floor["distance"][name])
+        if name == "diff":
+            least = max(least, reference.lost)
+        checks.append(Check(name, far[name], FACTOR * least))
+    checks.append(Check("lost", far["lost"], FACTOR * reference.lost))
+    apart = float(abs(curve.skipped - dense["skipped"]))
+    checks.append(Check("skipped steps, difference to dense", apart, 0.0))
+    meaning = checks[0].limit / order["distance"]["loss max"]
+    return [*checks, Check("limit of the loss over another order's difference", meaning, 0.25)]
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return what was found as a Markdown table, limits in brackets."""
+    columns = {
+        "name": "",
+        "last": f"loss, last {WINDOW} steps",
+        "loss max": "off the reference, max",
+        "loss mean": "mean",
+        "diff": "diff at the end",
+        "lost": "lost on the way",
+        "good": "",
+    }
+    lines = []
+    for row in rows:
+        limits = {check["name"]: check["limit"] for check in row["checks"]}
+        line = {"name": row["name"], "last": f"{row['last']:.4f}", "good": _verdict(row)}
+        for key, value in row["distance"].items():
+            limit = f" ({limits[key]:.1e})" if key in limits else ""
+            line[key] = f"{value:.1e}{limit}"
+        lines.append(line)
+    return markdown_table(lines, columns)
+
+
+def _verdict(row: Mapping[str, Any]) -> str:
+    if row["spoil"]:
+        return "caught" if row["good"] else "NOT CAUGHT"
+    if not row["good"]:
+        return "FAILED"
+    return "within limits" if row["limit"] else ""
+
+
+def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> Path | None:
+    """Write a PNG: smoothed losses, and how far each is from the reference; None: no rows.
+
+    The same rows give the same bytes.
+    """
+    from sparseft.io.png import COLOURS, blank_figure, tidy_axes, write_png
+
+    shown = [row for row in rows if not row["spoil"]]
+    if not shown:
+        return None
+    reference = smoothed(shown[0]["losses"])
+    figure = blank_figure(13.0, 5.4, dpi=130)
+    loss, apart = figure.subplots(1, 2)
+    # One colour a precision: ours and the dense run that sets its limit.
+    colours: dict[str, str] = {}
+    for row in shown:
+        key = row["limit"] or row["name"]
+        colour = colours.setdefault(key, COLOURS[len(colours) % len(COLOURS)])
+        line = smoothed(row["losses"])
+        style = {"color": colour, "linestyle": "-" if row["ours"] else "--"}
+        style |= {"linewidth": 1.8 if row["ours"] else 1.2, "label": row["name"]}
+        steps = [WINDOW + n for n in range(len(line))]
+        loss.plot(steps, line.tolist(), **style)
+        if row is not shown[0]:
+            # A log axis has no 0: equal losses are drawn where fp32 ends.
+            apart.plot(steps, (line - reference).abs().clamp_min(1e-8).tolist(), **style)
+    loss.set_ylabel(f"loss, mean of {WINDOW} steps")
+    apart.set_ylabel("distance from dense-masked fp32")
+    apart.set_yscale("log")
+    for axes in (loss, apart):
+        axes.set_xlabel("step")
+        tidy_axes(axes)
+    handles, labels = loss.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    write_png(figure, path)
+    return path
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="run.py amp", description=__doc__.splitlines()[0])
+    where = os.environ.get("SPARSEFT_TEST_DATA", str(_DATA))
+    parser.add_argument("--data", type=Path, default=Path(where), help="folder of the real data")
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--length", type=int, default=48)
+    parser.add_argument("--density", type=float, default=0.05)
+    parser.add_argument("--lr", type=float, default=5e-4)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--only", default="*", help="glob over ways; what sets limits runs as well")
+    parser.add_argument("--out", type=Path, help="folder of the results; left out: results/")
+    parser.add_argument("--name", default="amp", help="name of the result files")
+    options = parser.parse_args(arguments)
+    if options.steps < WINDOW:
+        parser.error(f"--steps {options.steps}: smoothing takes {WINDOW} at least")
+    return options
+
+
+def chosen(only: str) -> list[Way]:
+    """Return the ways that fit, with the reference and every dense way their limits need."""
+    fits = [way for way in WAYS if fnmatchcase(way.name, only)]
+    needed = {WAYS[0].name, *(way.name for way in fits), *(way.limit for way in fits)}
+    if any(way.limit for way in fits):
+        needed |= {_FLOOR, _ORDER}
+    return [way for way in WAYS if way.name in needed]
+
+
+def main(arguments: Sequence[str], *, results: Path) -> int:
+    options = parse(arguments)
+    torch.set_num_threads(options.threads)
+    names = ("steps", "batch", "length", "density", "lr", "seed")
+    study = real_study(options.data, **{name: getattr(options, name) for name in names})
+    ways = chosen(options.only)
+    rows = curves(study, ways, progress=lambda text: print(text, flush=True))
+    passed = all(row["good"] for row in rows)
+    whole = len(ways) == len(WAYS) and options.steps >= STEPS
+    folder = options.out or results_folder(results, passed=passed and whole)
+    text = table(rows)
+    found = {"study": {**study.facts, "window": WINDOW}, "curves": rows}
+    path = write_results(folder, options.name, found, text)
+    print(f"\n{text}\nwritten to {path}")
+    return 0 if passed else 1
