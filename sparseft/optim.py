@@ -140,17 +140,25 @@ class _SparseOptimizer(Optimizer, ABC):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        compiling = torch.compiler.is_compiling()
+        if compiling:
+            _start_states(self)
         batches = self._collect(recheck=closure is not None)
         if not batches:
             return loss
-        self._check_capture(batches)
+        if not compiling:
+            self._check_capture(batches)
         hyper: list[float] = []
         rates: list[Tensor | None] = []
         for group in self.param_groups:
             lr = group["lr"]
-            on_device = isinstance(lr, Tensor) and lr.device.type != "cpu"
-            rates.append(lr if on_device else None)
-            hyper += (0.0 if on_device else float(lr), *self._hyper(group))
+            if compiling:
+                # An input of the graph: as a constant in it, each new value would be compiled.
+                # fp64 keeps the bits of a float.
+                lr = lr if isinstance(lr, Tensor) else torch.ones((), dtype=torch.float64) * lr
+            as_tensor = isinstance(lr, Tensor) and (compiling or lr.device.type != "cpu")
+            rates.append(lr if as_tensor else None)
+            hyper += (0.0 if as_tensor else float(lr), *self._hyper(group))
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         factor = None if scale is None else torch.as_tensor(scale, dtype=torch.float32).reciprocal()
         for kind, entries in batches.items():
@@ -218,11 +226,17 @@ class _SparseOptimizer(Optimizer, ABC):
         touched = [t for e in entries for t in (e.parameter, e.grad)]
         if kind.masked:
             touched += [e.masked.weight for e in entries if e.masked is not None]
-        backend = resolve_backend("sparse_step_", *touched, backend=kind.backend)
+        if torch.compiler.is_compiling():
+            # The op chooses when it runs; steps are counted where a kernel would count them.
+            backend, on_device = kind.backend or "", kind.device.type != "cpu"
+            rates = [r if r is None else r.to(kind.device, non_blocking=True) for r in rates]
+        else:
+            backend = resolve_backend("sparse_step_", *touched, backend=kind.backend)
+            on_device = backend == "triton"
         columns: list[list[Tensor]] = [[] for _ in range(4)]
         steps = []
         for entry in entries:
-            state = self._state(entry, kind, on_device=backend == "triton")
+            state = self._state(entry, kind, on_device=on_device)
             steps.append(state["step"])
             for place, name in enumerate(kind.moments):
                 columns[place].append(state[_key(name, kind.moment_bits)])
@@ -345,6 +359,23 @@ class _SparseOptimizer(Optimizer, ABC):
                 for name, value in state_dict["state"].get(key, {}).items():
                     if name.endswith(("_scale", "_code")):
                         self.state[p][name] = value.to(p.device, copy=True)
+
+
+# In a compiled step this runs while it is traced, before the graph's inputs are looked up. Moments
+# made inside a graph would be its outputs, and make a second graph of the second step; those here
+# are ordinary tensors, whose addresses a CUDA graph may rely on.
+@torch.compiler.assume_constant_result
+@torch.no_grad()
+def _start_states(optimizer: _SparseOptimizer) -> bool:
+    for kind, entries in optimizer._collect(recheck=False).items():
+        for entry in entries:
+            state = optimizer._state(entry, kind, on_device=kind.device.type != "cpu")
+            for x in state.values():
+                if isinstance(x, Tensor):
+                    torch._dynamo.mark_static_address(x, guard=True)
+            if entry.masked is not None:
+                torch._dynamo.mark_static_address(entry.masked.weight, guard=True)
+    return True
 
 
 def _code_dtype(place: int) -> torch.dtype:

@@ -6,7 +6,6 @@ two weak registries here: by leaf and by weight.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -15,13 +14,14 @@ from torch import Tensor, nn
 
 from sparseft.diff import SparseDiff, SparsePattern
 from sparseft.modules.storage_stack import Holder, holders, pop, push, require_top
+from sparseft.modules.weak_table import WeakTable
 from sparseft.ops import gather_entries, sum_entries, write_entries_, write_sum_
 
 __all__ = ["MaskedParameter", "leaf_attribute", "masked_by_leaf", "masked_by_weight", "registered"]
 
 # A state holds its leaf and weight, so an id in here belongs to a live tensor.
-_by_leaf: weakref.WeakValueDictionary[int, MaskedParameter] = weakref.WeakValueDictionary()
-_by_weight: weakref.WeakValueDictionary[int, MaskedParameter] = weakref.WeakValueDictionary()
+_by_leaf: WeakTable[MaskedParameter] = WeakTable()
+_by_weight: WeakTable[MaskedParameter] = WeakTable()
 
 
 def leaf_attribute(name: str) -> str:
@@ -37,17 +37,17 @@ def leaf_attribute(name: str) -> str:
 
 def masked_by_leaf(parameter: Tensor) -> MaskedParameter | None:
     """Return the masked parameter whose compact leaf this is, if any."""
-    return _by_leaf.get(id(parameter))
+    return _by_leaf.get(parameter)
 
 
 def masked_by_weight(parameter: Tensor) -> MaskedParameter | None:
     """Return the masked parameter whose weight this is, if any."""
-    return _by_weight.get(id(parameter))
+    return _by_weight.get(parameter)
 
 
 def registered() -> Iterator[MaskedParameter]:
     """Yield every masked parameter alive."""
-    return iter(list(_by_leaf.values()))
+    return iter(_by_leaf.values())
 
 
 class MaskedParameter:
@@ -107,8 +107,8 @@ class MaskedParameter:
         """Make the optimizer hooks find it; they are installed with the first one."""
         from sparseft.modules.writeback import install_hooks
 
-        _by_leaf[id(self.leaf)] = self
-        _by_weight[id(self.weight)] = self
+        _by_leaf.put(self.leaf, self)
+        _by_weight.put(self.weight, self)
         install_hooks()
 
     def unregister(self) -> None:
@@ -116,8 +116,8 @@ class MaskedParameter:
         from sparseft.modules.writeback import remove_idle_hooks
 
         for table, parameter in ((_by_leaf, self.leaf), (_by_weight, self.weight)):
-            if table.get(id(parameter)) is self:
-                del table[id(parameter)]
+            if table.get(parameter) is self:
+                table.remove(parameter)
         remove_idle_hooks()
 
     def follow_weight_(self) -> None:

@@ -10,7 +10,6 @@ problem is about 43 were found instead of 78.)
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sparseft.errors import AttachError
+from sparseft.modules.weak_table import WeakTable
 from sparseft.ops._common import bits
 from sparseft.ops._moments import QUANTUM, decode_moment, encode_moment_, scales_of
 
@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 # Those that have stepped a leaf, by id: an entry goes with its optimizer.
-_stepped: weakref.WeakValueDictionary[int, Optimizer] = weakref.WeakValueDictionary()
+_stepped: WeakTable[Optimizer] = WeakTable()
 
 
 @dataclass(frozen=True)
@@ -70,14 +70,18 @@ class Moves:
         return out
 
 
-def note_step(optimizer: Optimizer) -> None:
+# In a compiled step this is done while it is traced, once: the table is no input of the graph.
+@torch.compiler.assume_constant_result
+def note_step(optimizer: Optimizer) -> bool:
     """Remember, weakly, that an optimizer has stepped a leaf: it may have state of it."""
-    _stepped[id(optimizer)] = optimizer
+    if _stepped.get(optimizer) is None:
+        _stepped.put(optimizer, optimizer)
+    return True
 
 
 def stepped() -> list[Optimizer]:
     """Return the optimizers alive that have stepped any leaf."""
-    return list(_stepped.values())
+    return _stepped.values()
 
 
 def check_optimizer(optimizer: Any) -> None:

@@ -3,6 +3,9 @@
 Two global hooks of ``torch.optim``, there while any mask is attached. (A pre-forward hook that
 watches ``leaf._version`` trains nothing, silently, with ``AdamW(fused=True)`` and under
 ``torch.compile``.)
+
+torch.compile traces them as part of a compiled step: what they call has to be plain enough for it
+(dicts, ``weakref.ref``; no ``WeakValueDictionary``, no messages), see tests/attach/test_compile.py.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import logging
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch.optim import Optimizer
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
@@ -94,11 +98,23 @@ def _report_untouched(leaves: Iterable[MaskedParameter]) -> None:
         )  # fmt: skip
 
 
+# torch.compile runs this while it traces a step: a message in the graph would break it.
+@torch.compiler.assume_constant_result
+def _report_while_traced(optimizer: Optimizer) -> bool:
+    leaves, _ = _in_groups(optimizer)
+    if any(masked.leaf.grad is not None for masked in leaves):  # else backward is traced, too
+        _report_untouched(leaves)
+    return True
+
+
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     leaves, _ = _in_groups(optimizer)
     if leaves:
         note_step(optimizer)  # its state of them has to follow masks that move
-    _report_untouched(leaves)
+    if torch.compiler.is_compiling():
+        _report_while_traced(optimizer)
+    else:
+        _report_untouched(leaves)
     if getattr(optimizer, "writes_masked_weights", False):
         return  # ours wrote each weight in the pass that updated its leaf
     for masked in leaves:
