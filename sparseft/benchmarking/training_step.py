@@ -27,6 +27,7 @@ from sparseft.benchmarking.cases.training_gates import TOLERANCE, largest_differ
 from sparseft.benchmarking.rotation import Clock, rotate, spread
 from sparseft.profiling.sides import Built, build
 from sparseft.profiling.workload import Way, Workload
+from sparseft.training.trained_state import trained_state
 
 __all__ = ["MODEL", "StepCase", "measure_step"]
 
@@ -146,14 +147,7 @@ def _attached_state(side: Built) -> int:
     """Index, base, diff, gradient and optimizer state: everything kept per trained entry."""
     if side.attachment is None:
         return 0
-    leaves = side.attachment.leaves
-    kept: list[Tensor | None] = [p.indices for p in side.attachment.patterns.values()]
-    kept += [diff for leaf in leaves.values() for diff in (leaf.detach(), leaf.grad)]
-    base = sum(
-        leaf.numel() * side.model.get_parameter(name).element_size()
-        for name, leaf in leaves.items()
-    )
-    return _bytes(kept) + base + _optimizer_bytes(side.optimizer, list(leaves.values()))
+    return trained_state(side.attachment, side.optimizer, full_params=False).total
 
 
 def _bytes(tensors: Any) -> int:

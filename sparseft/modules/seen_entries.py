@@ -40,13 +40,13 @@ class SeenEntries:
     def look(self, masked: MaskedParameter) -> None:
         """Note which entries have a gradient now. Does not wait for the device.
 
-        NaN and infinity (an overflow under loss scaling) say nothing and do not count.
+        NaN (after an overflow under loss scaling) says nothing and does not count.
         """
         self.follow(masked)
         self.looks += 1
         grad = masked.leaf.grad
         if grad is not None and not self._all:
-            self.flags |= torch.isfinite(grad) & (grad != 0)
+            self.flags |= grad.abs() > 0
 
     def follow(self, masked: MaskedParameter) -> None:
         """Bring the flags to where the mask is now: kept entries keep theirs.
@@ -74,7 +74,9 @@ class SeenEntries:
     # -- going on later ---
 
     def encode(self) -> str:
-        """Return the flags as text for JSON: eight to a byte, compressed."""
+        """Return the flags as text for JSON: eight to a byte, compressed; "" where all are set."""
+        if bool(self.flags.all()):
+            return ""
         padded = torch.zeros(-(-self.flags.numel() // 8) * 8, dtype=torch.uint8)
         padded[: self.flags.numel()] = self.flags.cpu()
         shifts = 1 << torch.arange(8, dtype=torch.uint8)
@@ -82,7 +84,7 @@ class SeenEntries:
         return base64.b64encode(zlib.compress(bytes(packed.tolist()))).decode()
 
     def restore(self, text: str | None, looks: int, masked: MaskedParameter) -> None:
-        """Take back what `encode` gave; without it, entries that have moved count as seen.
+        """Take back what `encode` gave; None: entries whose diff is not zero count as seen.
 
         Raises:
             ValueError: not what `encode` gives for a mask of this size.
@@ -90,6 +92,8 @@ class SeenEntries:
         self.follow(masked)
         if text is None:
             known = masked.leaf.detach() != 0
+        elif not text:
+            known = torch.ones_like(self.flags)
         else:
             count = self.flags.numel()
             raw = zlib.decompress(base64.b64decode(text, validate=True))

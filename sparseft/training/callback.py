@@ -138,7 +138,7 @@ class SparseCallback:
         # Trainer wants the key when it saves; a checkpoint without this callback has none.
         saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
         if self.watch_entries:
-            begin_watching(attachment, saved if state.global_step else None, state.global_step)
+            begin_watching(attachment, saved, state.global_step)
         if self.compact:
             self._undo.append(_made_compact(attachment))
         if _counts_tokens(args):

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from typing import Any, TextIO, TypeVar
 
+import torch
+
 from sparseft._text import human_bytes
 from sparseft.attachment import Attachment
 from sparseft.training.meter import TrainingMeter
@@ -38,7 +40,8 @@ def track(
     Args:
         batches: a DataLoader, or anything to iterate over.
         attachment: what is trained.
-        optimizer: the one that trains it; it is hooked, to look at gradients before each step.
+        optimizer: the one that trains it; it is hooked, to look at gradients before each step (not
+            inside of ``torch.compile``).
         description: in front of the line.
         total: number of batches; default ``len(batches)``, where it has one.
         final: after the last batch, write one line with the figures, terminal or not.
@@ -122,7 +125,12 @@ def _hooked(optimizer: Any, meter: TrainingMeter) -> Any:
     inner = optimizer
     while not hasattr(inner, "_optimizer_step_pre_hooks") and hasattr(inner, "optimizer"):
         inner = inner.optimizer  # accelerate's, Lightning's
-    return inner.register_step_pre_hook(lambda *_: meter.before_step())
+
+    def look(*_: Any) -> None:
+        if not torch.compiler.is_compiling():  # a compiled step is not looked at
+            meter.before_step()
+
+    return inner.register_step_pre_hook(look)
 
 
 @contextmanager
