@@ -219,7 +219,7 @@ def _rows_by_expert(how: str, whose: Tensor | None, x: Tensor, experts: int) -> 
     return slices
 
 
-def _gradient(ctx: Any, grad_output: Tensor, x: Tensor, rows: list[slice] | list[Tensor]) -> Tensor:
+def _gradient(ctx: Any, grad_output: Tensor, x: Tensor, rows: list[Any]) -> Tensor:
     """Return (nnz,): each expert's gradient at its entries."""
     dy, x = grad_output.reshape(-1, grad_output.shape[-1]), x.reshape(-1, x.shape[-1])
     parts = [

@@ -1,7 +1,7 @@
 """Models of every family, small, with the tier in which each of their weights is to train.
 
 Each is built at a width: 16 trains in milliseconds, a few hundred makes weights larger than the
-activations. Outputs are logits over ``LABELS`` words or classes.
+activations. Outputs are logits over words or classes.
 """
 
 from __future__ import annotations
@@ -15,8 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-LABELS = 48  # words of a vocabulary, or classes
+LABELS = 48  # words that occur, and classes
 EXPERTS = 4
+
+
+def vocabulary(width: int) -> int:
+    """Return how many words embeddings have: wide ones are as large as other weights."""
+    return max(LABELS, 4 * width)
+
 
 # How the gradient of a weight reaches its mask. Everything that is no matrix is "generic".
 LINEAR, CONV1D, EMBEDDING, EXPERT, GENERIC = "linear", "conv1d", "embedding", "expert", "generic"
@@ -32,7 +38,7 @@ class Architecture:
         inputs: generator -> keyword arguments of the model.
         tiers: glob over names of matrices and larger tensors -> tier; vectors are generic.
         config: transformers' configuration class, which has to exist for the family to run.
-        wide: the width for the check of memory; 0: no weight of it is fused.
+        wide: the width for the check of memory; 0: next to nothing of it is fused.
     """
 
     build: Callable[[int], nn.Module]
@@ -56,13 +62,13 @@ class Architecture:
 
 
 def logits_of(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    """Return (..., LABELS)."""
+    """Return (..., words or classes)."""
     output = model(**inputs)
     return getattr(output, "logits", output)
 
 
 def loss_of(model: nn.Module, inputs: dict[str, Tensor], seed: int) -> Tensor:
-    """Return a cross-entropy loss against labels drawn from ``seed``."""
+    """Return a cross-entropy loss against labels drawn from ``seed``, of the first LABELS."""
     logits = logits_of(model, inputs)
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(0, LABELS, logits.shape[:-1], generator=generator)
@@ -100,7 +106,7 @@ def pixels(generator: torch.Generator) -> dict[str, Tensor]:
 
 def _encoder(width: int) -> dict[str, Any]:
     return {
-        "vocab_size": LABELS,
+        "vocab_size": vocabulary(width),
         "hidden_size": width,
         "num_hidden_layers": 1,
         "num_attention_heads": 2,
@@ -150,7 +156,7 @@ def deberta_v3(width: int) -> nn.Module:
 
 def _t5(width: int) -> dict[str, Any]:
     return {
-        "vocab_size": LABELS,
+        "vocab_size": vocabulary(width),
         "d_model": width,
         "d_kv": width // 2,
         "d_ff": 2 * width,
@@ -173,7 +179,7 @@ def mt5(width: int) -> nn.Module:
     config = MT5Config(**_t5(width), feed_forward_proj="gated-gelu", tie_word_embeddings=False)
     model = MT5ForConditionalGeneration(config)
     # Transformers 5 unties the head where a checkpoint has another one, as published ones do.
-    model.lm_head.weight = nn.Parameter(torch.randn(LABELS, width) * width**-0.5)
+    model.lm_head.weight = nn.Parameter(torch.randn(vocabulary(width), width) * width**-0.5)
     return model
 
 
@@ -184,7 +190,7 @@ def gpt2(width: int) -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(
-        vocab_size=LABELS, n_positions=16, n_embd=width, n_layer=1, n_head=2,
+        vocab_size=vocabulary(width), n_positions=16, n_embd=width, n_layer=1, n_head=2,
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
     )  # fmt: skip
     return GPT2LMHeadModel(config)
@@ -192,7 +198,7 @@ def gpt2(width: int) -> nn.Module:
 
 def _decoder(width: int) -> dict[str, Any]:
     return {
-        "vocab_size": LABELS,
+        "vocab_size": vocabulary(width),
         "hidden_size": width,
         "num_hidden_layers": 1,
         "num_attention_heads": 4,
@@ -297,7 +303,7 @@ class Translator(nn.Module):
     def __init__(self, width: int, *, batch_first: bool) -> None:
         super().__init__()
         self.batch_first = batch_first
-        self.embed = nn.Embedding(LABELS, width)
+        self.embed = nn.Embedding(vocabulary(width), width)
         self.transformer = nn.Transformer(
             width, 2, 1, 1, 2 * width, dropout=0.0, batch_first=batch_first
         )
