@@ -21,8 +21,8 @@ THINGS = ["book", "film", "meal", "song", "trip", "hotel"]
 WORDS = {"good": ["fine", "great", "lovely", "superb"], "bad": ["awful", "dull", "poor", "sad"]}
 
 
-def arguments(description: str | None) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
+def arguments(description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument(
         "--model", help="a checkpoint's name or folder (default: a tiny random one)"
     )

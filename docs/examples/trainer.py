@@ -8,6 +8,7 @@ python trainer.py --model xlm-roberta-base --data train.tsv --lr 1e-4 --bf16
 from __future__ import annotations
 
 import numpy as np
+import torch
 import transformers
 from task import StopAfter, accuracy, arguments, load
 
@@ -19,6 +20,7 @@ parser.add_argument("--compact", action="store_true", help="checkpoints without 
 parser.add_argument("--bf16", action="store_true", help="bf16 autocast")
 args = parser.parse_args()
 
+gpu = torch.cuda.is_available()
 model, train, test, collate = load(args)
 
 # Before the Trainer is made: it hands what requires a gradient to its optimizer, and that is then
@@ -48,6 +50,8 @@ trainer = transformers.Trainer(
         logging_steps=args.save_every,
         report_to="none",  # "tensorboard", "wandb": the callback's numbers go there, too
         disable_tqdm=True,
+        use_cpu=not gpu,  # without this, Trainer refuses bf16 on a CPU
+        dataloader_pin_memory=gpu,
     ),
     train_dataset=train,
     eval_dataset=test,

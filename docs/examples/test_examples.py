@@ -1,0 +1,99 @@
+"""The examples run as they are, and what was stopped and resumed ends in the same bits."""
+
+from __future__ import annotations
+
+import importlib.util
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sparseft import Adapter
+
+HERE = Path(__file__).resolve().parent
+SCRIPTS = ["plain_loop", "trainer", "accelerate_loop", "lightning_loop"]
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path):
+    """``run(script, *arguments)`` as `python script.py` would, without importing torch again."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    monkeypatch.syspath_prepend(str(HERE))
+    monkeypatch.chdir(tmp_path)
+
+    def call(script, *arguments):
+        if script == "lightning_loop" and importlib.util.find_spec("lightning") is None:
+            pytest.skip("lightning is not installed (pip install lightning)")
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, arguments)])
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        try:
+            runpy.run_path(str(HERE / f"{script}.py"), run_name="__main__")
+        except SystemExit as end:
+            return str(end)
+        return capsys.readouterr().out
+
+    return call
+
+
+def accuracies(printed):
+    return [float(line.split("accuracy ")[1]) for line in printed.splitlines() if "acy " in line]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_stopped_and_resumed_is_uninterrupted_bit_for_bit(script, run):
+    """Stopped after step 25 of 54, 18 to an epoch; the last checkpoint is that of step 20."""
+    attached, fresh = accuracies(run(script, "--out", "whole"))
+    assert attached == fresh, "the adapter carries all that was learned"
+    assert fresh >= 0.9, "of two classes"
+    assert "step 25" in run(script, "--out", "again", "--stop-after", 25)
+    assert not Path("again/adapter").exists()
+    run(script, "--out", "again", "--resume")
+    assert Adapter.load("again/adapter").digest == Adapter.load("whole/adapter").digest
+
+
+def test_compact_checkpoints_of_the_trainer(run):
+    options = ("--compact", "--epochs", 2, "--save-every", 8)
+    run("trainer", "--out", "whole", *options)
+    assert "step 11" in run("trainer", "--out", "again", "--stop-after", 11, *options)
+    model = Path("again/checkpoint-8/model.safetensors")
+    assert model.stat().st_size < 30_000, "frozen weights are 180 kB"
+    printed = run("trainer", "--out", "again", "--resume", *options)
+    digest = Adapter.load("whole/adapter").digest
+    assert Adapter.load("again/adapter").digest == digest
+    best = int(printed.split("best step: ")[1].split(" ")[0])
+    assert Adapter.load(f"again/checkpoint-{best}/adapter").digest == digest
+
+
+def test_the_trainer_in_bf16(run):
+    attached, fresh = accuracies(run("trainer", "--bf16"))
+    assert min(attached, fresh) >= 0.9, "evaluated in fp32"
+    assert Adapter.load("sparse-run/adapter").nnz == 2232
+
+
+@pytest.mark.parametrize("script", ["plain_loop", "trainer"])
+def test_a_model_and_data_of_ones_own(script, run):
+    sys.modules.pop("task", None)
+    import task
+
+    args = task.arguments("A test.").parse_args([])
+    model, _, _, collate = task.load(args)
+    model.save_pretrained("base")
+    collate.tokenizer.save_pretrained("base")
+    rows = "".join(f"{text}\t{label}\n" for text, label in task.made_up())
+    Path("train.tsv").write_text(rows, encoding="utf-8")
+    attached, fresh = accuracies(run(script, "--model", "base", "--data", "train.tsv"))
+    assert attached == fresh
+    assert fresh >= 0.9
+
+
+def test_a_script_runs_on_its_own(tmp_path):
+    command = [sys.executable, str(HERE / "plain_loop.py"), "--epochs", "1"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    attached, fresh = accuracies(done.stdout)
+    assert attached == fresh
+    assert (tmp_path / "sparse-run" / "adapter" / "adapter.safetensors").is_file()
