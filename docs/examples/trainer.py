@@ -27,6 +27,8 @@ model, train, test, collate = load(args)
 # the chosen entries and the new head.
 masks = sparseft.select(model, "random", density=args.density, exclude=["classifier.*"])
 sparse = sparseft.attach(model, masks, full_params=["classifier.*"])
+# The loss of a classifier is a mean: without this, transformers 5 adds micro-batches up.
+model.accepts_loss_kwargs = False
 
 trainer = transformers.Trainer(
     model=model,
