@@ -289,7 +289,7 @@ def _class_for(
     module: nn.Module, stock: type[nn.Module], masks: dict[str, MaskedParameter]
 ) -> type[nn.Module]:
     """Return the class of a module with these masks."""
-    stacked = any(is_stacked(module, masked) for masked in masks.values())
+    stacked = any(is_stacked(module, masked.pattern) for masked in masks.values())
     return _swapped_class(stock, frozenset(masks), stacked)
 
 

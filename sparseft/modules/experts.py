@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from sparseft.diff import SparsePattern, index_dtype_for
 from sparseft.modules.leaves import MaskedParameter
@@ -39,14 +40,16 @@ __all__ = ["FusedExperts", "StackedWeight", "is_stacked", "read_in_forward"]
 _READS = "_sparseft_stacked"
 
 
-def is_stacked(module: nn.Module, masked: MaskedParameter) -> bool:
-    """Whether a weight looks like a matrix for each of several experts.
+def is_stacked(module: nn.Module, weight: Tensor | SparsePattern) -> bool:
+    """Whether a module's weight (or the mask of it) looks like a matrix for each of some experts.
 
-    (Torch's own layers with three dimensions are convolutions and bilinear forms.)
+    Args:
+        module: one that holds it. Torch's own layers with three dimensions are convolutions and
+            bilinear forms.
+        weight: of any shape.
     """
-    shape = masked.pattern.shape
-    ours = type(module).__module__.startswith("torch.nn.") or isinstance(module, nn.Conv1d)
-    return not ours and len(shape) == 3 and min(shape) > 1
+    torchs = type(module).__module__.startswith("torch.nn.") or isinstance(module, nn.Conv1d)
+    return not torchs and len(weight.shape) == 3 and min(weight.shape) > 1
 
 
 class _Entries(NamedTuple):
@@ -260,12 +263,24 @@ class StackedWeight(Tensor):
             return func(*args, **kwargs)
 
 
+class _FakeStackedWeight(FakeTensor):
+    """The same where tensors have shapes and no memory (`sparseft.profiling`)."""
+
+    __torch_function__ = StackedWeight.__dict__["__torch_function__"]
+
+
 def _stacked(
     alias: Tensor, read: _Read, chosen: int | Tensor | None = None, swapped: bool = False
-) -> StackedWeight:
-    stacked = alias.as_subclass(StackedWeight)
-    stacked.read, stacked.chosen, stacked.swapped = read, chosen, swapped
-    return stacked
+) -> Any:
+    """Return ``alias`` as a `StackedWeight`; itself where it is another kind of tensor already."""
+    if type(alias) is Tensor:
+        alias = alias.as_subclass(StackedWeight)
+    elif type(alias) in (FakeTensor, _FakeStackedWeight):
+        alias.__class__ = _FakeStackedWeight
+    else:
+        return alias  # of many devices, say: the generic tier
+    alias.read, alias.chosen, alias.swapped = read, chosen, swapped  # type: ignore[attr-defined]
+    return alias
 
 
 def read_in_forward(
@@ -277,7 +292,7 @@ def read_in_forward(
     ``torch.compile``, in a CUDA graph (rows are counted on the host).
     """
     reads = module.__dict__.get(_READS)
-    if reads is None or not is_stacked(module, masked):
+    if reads is None or not is_stacked(module, masked.pattern):
         return None
     if attr not in reads:
         reads[attr] = _stacked(alias_at_mask(weight, masked), _Read(weight, masked))
@@ -305,11 +320,13 @@ class FusedExperts(nn.Module):
                 self.__dict__[_READS] = outer
 
 
+_KINDS: Any = (StackedWeight, _FakeStackedWeight)
+
 # What stands in for which function. Arguments as those take them; NotImplemented: the alias's turn.
 
 
 def _getitem(w: Any, index: Any) -> Any:
-    if not isinstance(w, StackedWeight) or w.chosen is not None or w.swapped:
+    if not isinstance(w, _KINDS) or w.chosen is not None or w.swapped:
         return NotImplemented
     if isinstance(index, Tensor):
         if index.dtype not in (torch.int64, torch.int32):
@@ -335,7 +352,7 @@ def _transposed(w: Any) -> Any:
 
 
 def _linear(x: Any, w: Any, bias: Any = None) -> Any:
-    if not isinstance(w, StackedWeight) or type(w.chosen) is not int:
+    if not isinstance(w, _KINDS) or type(w.chosen) is not int:
         return NotImplemented
     layer = conv1d_at_mask if w.swapped else linear_at_mask
     if w.swapped and bias is not None:
@@ -345,7 +362,7 @@ def _linear(x: Any, w: Any, bias: Any = None) -> Any:
 
 
 def _matmul(x: Any, w: Any) -> Any:
-    if isinstance(w, StackedWeight) and type(w.chosen) is int:
+    if isinstance(w, _KINDS) and type(w.chosen) is int:
         layer = linear_at_mask if w.swapped else conv1d_at_mask
         masked: Any = w.read.expert(w.chosen)
         return layer(x, w.read.weight[w.chosen], None, masked)
@@ -357,17 +374,17 @@ def _right_matmul(w: Any, x: Any) -> Any:
 
 
 def _bmm(a: Any, b: Any) -> Any:
-    if isinstance(b, StackedWeight) and b.chosen is None and a.ndim == 3:
+    if isinstance(b, _KINDS) and b.chosen is None and a.ndim == 3:
         return _apply(a, b, None, "blocks", not b.swapped)
-    if isinstance(b, StackedWeight) and isinstance(b.chosen, Tensor) and a.shape[1:-1] == (1,):
+    if isinstance(b, _KINDS) and isinstance(b.chosen, Tensor) and a.shape[1:-1] == (1,):
         return _apply(a.squeeze(1), b, b.chosen, "pairs", not b.swapped).unsqueeze(1)
-    if isinstance(a, StackedWeight) and isinstance(a.chosen, Tensor) and b.shape[2:] == (1,):
+    if isinstance(a, _KINDS) and isinstance(a.chosen, Tensor) and b.shape[2:] == (1,):
         return _apply(b.squeeze(-1), a, a.chosen, "pairs", a.swapped).unsqueeze(-1)
     return NotImplemented
 
 
 def _grouped_mm(x: Any, w: Any, offs: Any = None, bias: Any = None, out_dtype: Any = None) -> Any:
-    fits = isinstance(w, StackedWeight) and w.chosen is None and x.ndim == 2 and offs is not None
+    fits = isinstance(w, _KINDS) and w.chosen is None and x.ndim == 2 and offs is not None
     if not fits or bias is not None or out_dtype is not None:
         return NotImplemented
     return _apply(x, w, offs, "groups", not w.swapped)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sparseft.attachment import Attachment
 from sparseft.diff import SparsePattern
+from sparseft.modules.experts import is_stacked
 from sparseft.modules.names import ParameterIndex
 from sparseft.optim import SparseAdamW
 from sparseft.profiling.masks import count_at, exact_pattern
@@ -37,7 +38,9 @@ _ADDED = (".lora_", ".shira_", ".modules_to_save.", ".diff_")
 
 
 def masked_names(model: nn.Module) -> list[str]:
-    """Return the weights that a mask is on: of linear layers and embeddings, not of a new head."""
+    """Return the weights that a mask is on: of linear layers, embeddings and stacked experts, not
+    of a new head.
+    """
     from transformers.pytorch_utils import Conv1D
 
     index = ParameterIndex(model)
@@ -47,7 +50,8 @@ def masked_names(model: nn.Module) -> list[str]:
         for name in index.names
         if name not in heads
         and any(
-            attr == "weight" and isinstance(module, nn.Linear | nn.Embedding | Conv1D)
+            (attr == "weight" and isinstance(module, nn.Linear | nn.Embedding | Conv1D))
+            or is_stacked(module, index.get(name))
             for module, attr in index.owners(name)
         )
     ]
