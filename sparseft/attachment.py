@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import logging
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,18 +11,22 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sparseft._text import did_you_mean
 from sparseft.adapter import Adapter, AdapterMetadata
 from sparseft.diff import MaskLike, SparseDiff, SparsePattern
-from sparseft.errors import AttachError, MaskError, StackOrderError, UnknownNameError
-from sparseft.modules.adapter_values import values_at
-from sparseft.modules.class_swap import mask_attribute, masked_attributes, unmask_attribute
+from sparseft.errors import AttachError, StackOrderError
+from sparseft.modules.adapter_values import load_values_
+from sparseft.modules.class_swap import (
+    check_class,
+    mask_attribute,
+    masked_attributes,
+    unmask_attribute,
+)
 from sparseft.modules.compact import (
     ATTACHMENTS,
     start_compact_state_dict,
     stop_compact_state_dict,
 )
-from sparseft.modules.fingerprint import fingerprint_model, verify_fingerprint
+from sparseft.modules.fingerprint import verify_fingerprint
 from sparseft.modules.full_params import FullParameter
 from sparseft.modules.input_grads import (
     InputGrads,
@@ -30,15 +34,21 @@ from sparseft.modules.input_grads import (
     unhook_input_embeddings,
 )
 from sparseft.modules.leaves import MaskedParameter, leaf_attribute
-from sparseft.modules.mask_plan import check_roles, resolve_masks
+from sparseft.modules.mask_plan import check_roles, resolve_masks, warn_if_dense
 from sparseft.modules.mask_report import MaskReport, MaskReports, report_masks
 from sparseft.modules.names import ParameterIndex
+from sparseft.modules.placement import Misplaced, Placement
+from sparseft.modules.refusals import check_masks, check_ties
 from sparseft.modules.regroup import regroup_
 from sparseft.modules.repattern import repattern_, resolve_changes
 from sparseft.modules.riders import listen, unlisten
+from sparseft.modules.running_stats import RunningStatistics
 from sparseft.modules.storage_stack import parents_of
+from sparseft.modules.transplant import check_optimizer
 
 __all__ = ["Attachment", "MaskReport", "attach", "attachments_of"]
+
+logger = logging.getLogger(__name__)
 
 
 def attach(
@@ -77,7 +87,8 @@ def attach(
         UnknownNameError: a parameter or glob that does not exist, with the nearest names.
         MaskError: a mask of another shape or type, or no entry kept at all.
         AttachError: a quantised, complex, lazy or meta weight; a mask there already; two names of
-            one weight; masks that are neither a mapping nor an `Adapter`.
+            one weight; a declared tie of two dtypes; masks that are neither a mapping nor an
+            `Adapter`; an optimizer that is none.
         BaseMismatchError: an `Adapter` made on another base.
 
     Numerics: forward and input gradients are the stock ones. A leaf's gradient is summed in fp32
@@ -91,8 +102,9 @@ def attach(
         (3, ['diff_weight'])
         >>> _ = sparse.detach()
     """
-    if not isinstance(masks, Mapping | Adapter):
-        raise AttachError(_not_masks(masks))
+    check_masks(masks)
+    if optimizer is not None:
+        check_optimizer(optimizer)
     index = ParameterIndex(model)
     start = masks if isinstance(masks, Adapter) else None
     dense = {index.resolve(n) for n in start.dense} if start is not None else set()
@@ -102,6 +114,7 @@ def attach(
     chosen = set(index.match(full_params)) if full_params else set()
     full = [n for n in index.names if n in chosen | dense]
     check_roles(index, patterns, full)
+    check_ties(model, index, patterns)
 
     attachment = Attachment(
         model,
@@ -114,31 +127,16 @@ def attach(
     )
     try:
         if start is not None:
-            attachment._load(start)
+            load_values_(start, index, attachment._masked, attachment.full_params)
+            attachment.sync_()
         if optimizer is not None:
             masked = attachment._masked.values()
             regroup_(optimizer, masked, [f.parameter for f in attachment._full])
     except BaseException:
         attachment.detach(restore=True)
         raise
+    warn_if_dense(patterns, {name: index.get(name) for name in patterns})
     return attachment
-
-
-def _not_masks(given: object) -> str:
-    """Say what to write instead of masks that are a path, a tensor, a list of names."""
-    if isinstance(given, str | os.PathLike):
-        got, path = f"the path {os.fspath(given)!r}", repr(os.fspath(given))
-        fix = (
-            f"Masks in a file: sparseft.select(model, method='file', path={path}). An adapter, "
-            f"its values too: sparseft.Adapter.load({path})."
-        )
-    else:
-        got = type(given).__name__
-        fix = "sparseft.select makes such a mapping."
-    return (
-        f"masks is {got}, wanted a mapping from parameter name to mask (a bool tensor or a "
-        f"SparsePattern), or an Adapter. {fix}"
-    )
 
 
 def attachments_of(model: nn.Module) -> list[Attachment]:
@@ -176,8 +174,10 @@ class Attachment:
         self._owners = {name: index.owners(name) for name in patterns}
         self._flags = [(p, p.requires_grad) for _, p in index.items()]
         self._full: list[FullParameter] = []
+        self._placement: Placement | None = None
         self._hooks: list[tuple[nn.Module, int]] = []
         self._at_detach: list[Callable[[], None]] = []
+        self._statistics = RunningStatistics(model)
         model.__dict__.setdefault(ATTACHMENTS, []).append(self)
         try:
             for name, pattern in patterns.items():
@@ -195,6 +195,8 @@ class Attachment:
                     mask_attribute(module, attr, masked, owner=i == 0)
             for name in full:
                 self._full.append(FullParameter(name, index.get(name)))
+                self._owners[name] = index.owners(name)
+            self._placement = Placement(model, self._masked, self._full, self._owners)
             # Gradients left over from dense training would let an optimizer move frozen entries.
             trained = {id(f.parameter) for f in self._full}
             for parameter, _ in self._flags:
@@ -277,8 +279,11 @@ class Attachment:
 
         Raises:
             StackOrderError: something was applied on top of a masked weight since.
+            AttachError: a masked weight was replaced since.
         """
         self._check_active("sync_")
+        if self._placement is not None:
+            self._placement.check()
         for masked in self._masked.values():
             masked.require_top("write the trained diff into")
         for masked in self._masked.values():
@@ -295,6 +300,9 @@ class Attachment:
     ) -> Adapter:
         """Return what was learned, copied to the CPU: diffs and the full parameters' values.
 
+        Where something replaced a trained weight since `attach`, a warning names it; what was
+        trained until then is returned all the same.
+
         Args:
             name: of the adapter.
             base_name: of the base model; default: ``model.config._name_or_path`` where there is
@@ -307,6 +315,7 @@ class Attachment:
             DiffError: a value is NaN or infinite.
         """
         self._check_active("adapter")
+        self._statistics.warn_if_moved()
         if base_name is None:
             config = getattr(self.model, "config", None)
             base_name = getattr(config, "_name_or_path", None) or None
@@ -316,9 +325,12 @@ class Attachment:
         }
         dense = {f.name: f.parameter.detach().to("cpu", copy=True) for f in self._full}
         parents = dict.fromkeys(p for m in self._masked.values() for p in parents_of(m.weight))
+        wrong, place = self._misplaced()
+        if wrong:
+            logger.warning("adapter(): %s", place.describe(wrong))
         metadata = AdapterMetadata(
             base_name=base_name,
-            fingerprint=fingerprint_model(self.model, self._masked),
+            fingerprint=place.fingerprint(wrong),
             method=method,
             density=self.density,
             seed=seed,
@@ -340,35 +352,7 @@ class Attachment:
         self._check_active("load_adapter_")
         if adapter.metadata.fingerprint is not None:
             verify_fingerprint(self.model, adapter.metadata.fingerprint)
-        self._load(adapter)
-
-    def _load(self, adapter: Adapter) -> None:
-        index = ParameterIndex(self.model)
-        diffs = {index.resolve(n): d for n, d in adapter.diffs.items() if d.nnz}
-        dense = {index.resolve(n): t for n, t in adapter.dense.items()}
-        full = self.full_params
-        for kind, names, known in (
-            ("masked", diffs, self._masked),
-            ("in full_params", dense, full),
-        ):
-            for name in names:
-                if name not in known:
-                    raise UnknownNameError(
-                        f"adapter {adapter.name!r} has {name!r}, which is not {kind} here."
-                        f"{did_you_mean(name, known)}"
-                    )
-        values = {n: values_at(m, diffs.get(n)) for n, m in self._masked.items()}
-        for name, tensor in dense.items():
-            if tensor.shape != full[name].shape:
-                raise MaskError(
-                    f"adapter {adapter.name!r} has {name!r} of shape {tuple(tensor.shape)}, the "
-                    f"model {tuple(full[name].shape)}."
-                )
-        with torch.no_grad():
-            for name, masked in self._masked.items():
-                masked.leaf.copy_(values[name])
-            for name, tensor in dense.items():
-                full[name].copy_(tensor)
+        load_values_(adapter, ParameterIndex(self.model), self._masked, self.full_params)
         self.sync_()
 
     def reselect_(
@@ -408,14 +392,17 @@ class Attachment:
         """Take the masks off: stock classes, no leaves, the ``requires_grad`` flags of before.
 
         Args:
-            restore: put the base back, bit for bit, full parameters included. False keeps the
-                trained values (a stock model to export).
+            restore: put the base back, bit for bit, full parameters and running statistics of
+                norm layers included. False keeps the trained values (a stock model to export).
+
+        What replaced a trained weight since `attach` is left as it is, and a warning names it.
 
         Returns:
             The model.
 
         Raises:
             StackOrderError: something was applied, or attached to this model, since.
+            AttachError: the class of a masked module was extended since (a parametrization).
         """
         if not self._active:
             return self.model
@@ -424,22 +411,41 @@ class Attachment:
             masked.require_top("detach")
         for f in self._full:
             f.require_top("detach")
+        for name in self._masked:
+            for module, _ in self._owners[name]:
+                check_class(module, name)
+        wrong, place = self._misplaced()
         while self._at_detach:
             self._at_detach.pop()()
         for name, masked in self._masked.items():
             for module, attr in reversed(self._owners[name]):
                 if attr in masked_attributes(module):
                     unmask_attribute(module, attr)
-            masked.release_(restore=restore)
+            foreign = name in wrong and wrong[name].foreign
+            masked.release_(restore=restore and not foreign)
         for f in self._full:
             f.release_(restore=restore)
+        if restore:
+            self._statistics.restore_()
         torch.clear_autocast_cache()  # it keeps casts of weights that require grad
         for parameter, flag in self._flags:
             parameter.grad = None
             parameter.requires_grad_(flag)
         unhook_input_embeddings(self._hooks)
         self._forget()
+        place.close()
+        for name, what in ((n, w.what) for n, w in wrong.items() if not w.there):
+            logger.warning(
+                "detach(): %r has changed since attach: %s. What took its place was left as it "
+                "is and may hold trained values; load the base again if you want that.", name, what,
+            )  # fmt: skip
         return self.model
+
+    def _misplaced(self) -> tuple[dict[str, Misplaced], Placement]:
+        """Return what is no longer where `attach` found it; nothing while attaching fails."""
+        if self._placement is None:
+            return {}, Placement(self.model, {}, (), {})
+        return self._placement.misplaced(), self._placement
 
     def _check_active(self, what: str) -> None:
         if not self._active:

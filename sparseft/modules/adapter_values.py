@@ -1,15 +1,63 @@
-"""Leaf values from an adapter's diff."""
+"""Leaf values from an adapter's diffs, and full parameters from its dense tensors."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from sparseft._text import did_you_mean
+from sparseft.adapter import Adapter
 from sparseft.diff import SparseDiff
-from sparseft.errors import MaskError
+from sparseft.errors import MaskError, UnknownNameError
 from sparseft.modules.leaves import MaskedParameter
+from sparseft.modules.names import ParameterIndex
 
-__all__ = ["values_at"]
+__all__ = ["load_values_", "values_at"]
+
+
+def load_values_(
+    adapter: Adapter,
+    index: ParameterIndex,
+    masked: Mapping[str, MaskedParameter],
+    full: Mapping[str, nn.Parameter],
+) -> None:
+    """Set leaves and full parameters; masked tensors the adapter lacks go to zero.
+
+    Everything is checked before anything changes. The weights are not written.
+
+    Args:
+        adapter: any names of its tensors.
+        index: of the model.
+        masked: by canonical name.
+        full: what is trained densely, by canonical name.
+
+    Raises:
+        UnknownNameError: a tensor that is not masked, or a dense one not trained densely.
+        MaskError: another shape, or entries outside the mask.
+    """
+    diffs = {index.resolve(n): d for n, d in adapter.diffs.items() if d.nnz}
+    dense = {index.resolve(n): t for n, t in adapter.dense.items()}
+    for kind, names, known in (("masked", diffs, masked), ("in full_params", dense, full)):
+        for name in names:
+            if name not in known:
+                raise UnknownNameError(
+                    f"adapter {adapter.name!r} has {name!r}, which is not {kind} here."
+                    f"{did_you_mean(name, known)}"
+                )
+    values = {n: values_at(m, diffs.get(n)) for n, m in masked.items()}
+    for name, tensor in dense.items():
+        if tensor.shape != full[name].shape:
+            raise MaskError(
+                f"adapter {adapter.name!r} has {name!r} of shape {tuple(tensor.shape)}, the "
+                f"model {tuple(full[name].shape)}."
+            )
+    with torch.no_grad():
+        for name, m in masked.items():
+            m.leaf.copy_(values[name])
+        for name, tensor in dense.items():
+            full[name].copy_(tensor)
 
 
 def values_at(masked: MaskedParameter, diff: SparseDiff | None) -> Tensor:

@@ -19,11 +19,18 @@ from sparseft.modules.experts import FusedExperts, is_stacked, read_in_forward
 from sparseft.modules.fused import fused_class
 from sparseft.modules.leaves import MaskedParameter, leaf_attribute
 from sparseft.modules.names import STATE_KEY, canonical_name
+from sparseft.modules.replacing import RefusesReplacing
 from sparseft.modules.taps import alias_at_mask
 from sparseft.ops import gather_entries
 from sparseft.ops._rounding import rounds_either_way
 
-__all__ = ["mask_attribute", "masked_attributes", "unmask_attribute"]
+__all__ = [
+    "MaskedModule",
+    "check_class",
+    "mask_attribute",
+    "masked_attributes",
+    "unmask_attribute",
+]
 
 
 def masked_attributes(module: nn.Module) -> dict[str, MaskedParameter]:
@@ -44,36 +51,8 @@ def _keeps_leaf(module: nn.Module, attr: str, masked: MaskedParameter, prefix: s
     return _owns_leaf(module, attr, masked) and not alias
 
 
-class MaskedModule(nn.Module):
+class MaskedModule(RefusesReplacing):
     """What every swapped class adds to the stock one, besides its properties."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        for attr, masked in masked_attributes(self).items():
-            if name not in (attr, leaf_attribute(attr)):
-                continue
-            current = self._parameters.get(name)
-            if value is current or (
-                # Tying code assigns what it read, which may be an alias: nothing to do then.
-                name == attr
-                and isinstance(value, Tensor)
-                and value.data_ptr() == masked.weight.data_ptr()
-                and value.shape == masked.weight.shape
-            ):
-                return
-            raise AttachError(
-                f"cannot replace {name!r}: {masked.name!r} has a mask attached. Write into it in "
-                "place, or detach() first and attach again."
-            )
-        super().__setattr__(name, value)
-
-    def __delattr__(self, name: str) -> None:
-        for attr, masked in masked_attributes(self).items():
-            if name in (attr, leaf_attribute(attr)):
-                raise AttachError(
-                    f"cannot delete {name!r}: {masked.name!r} has a mask attached; detach() first. "
-                    "(Parametrizations and pruning replace the parameter, too.)"
-                )
-        super().__delattr__(name)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MaskedModule:
         """Move and cast the module; leaves move but keep their dtype, bases follow the weight."""
@@ -238,12 +217,16 @@ def _property(attr: str) -> property:
         masked = self.__dict__[STATE_KEY][attr]
         if weight is None or not (torch.is_grad_enabled() and masked.leaf.requires_grad):
             return weight
+        compiling = torch.compiler.is_compiling()
+        if not compiling:
+            masked.data_was_set()  # also lets go of the last alias, before there is a new one
         alias = read_in_forward(self, attr, weight, masked)
         if alias is None:
             alias = alias_at_mask(weight, masked)
-        if not torch.compiler.is_compiling():
+        if not compiling:
             # isinstance(module.weight, nn.Parameter) stays true, as get_parameter() demands.
             alias._is_param = True
+            masked.hand_out(alias)
         return alias
 
     return property(read, doc=f"{attr}, trained at a mask: an alias while gradients are recorded.")
@@ -254,6 +237,17 @@ _classes: dict[tuple[type, frozenset[str], bool], type] = {}
 
 def _stock_class(cls: type) -> type:
     return cls.__dict__["_sparseft_stock"]
+
+
+def check_class(module: nn.Module, name: str) -> None:
+    """Raise AttachError where a class was derived from the swapped one, which cannot go then."""
+    cls = type(module)
+    if isinstance(module, MaskedModule) and "_sparseft_stock" not in cls.__dict__:
+        raise AttachError(
+            f"the module of {name!r} became a {cls.__qualname__} after attach. Undo that first "
+            "(torch.nn.utils.parametrize.remove_parametrizations for each parametrized tensor), "
+            "then detach()."
+        )
 
 
 def _swapped_class(
@@ -306,6 +300,8 @@ def mask_attribute(module: nn.Module, attr: str, masked: MaskedParameter, *, own
         AttachError: the module's class cannot be replaced.
     """
     before = dict(masked_attributes(module))
+    if before:
+        check_class(module, masked.name)
     stock = _stock_class(type(module)) if before else type(module)
     if owner:
         module.register_parameter(leaf_attribute(attr), masked.leaf)
@@ -324,8 +320,9 @@ def unmask_attribute(module: nn.Module, attr: str) -> None:
     """Undo `mask_attribute`: leaf gone, and the stock class back after the last one."""
     rest = {a: m for a, m in masked_attributes(module).items() if a != attr}
     owner = _owns_leaf(module, attr, masked_attributes(module)[attr])
-    stock = _stock_class(type(module))
-    module.__class__ = _class_for(module, stock, rest) if rest else stock
+    if isinstance(module, MaskedModule):  # else somebody gave it another class, which stays
+        stock = _stock_class(type(module))
+        module.__class__ = _class_for(module, stock, rest) if rest else stock
     _put_back(module, attr, rest, owner)
 
 

@@ -7,7 +7,7 @@ two weak registries here: by leaf and by weight.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,9 @@ from sparseft.diff import SparseDiff, SparsePattern
 from sparseft.modules.storage_stack import Holder, holders, pop, push, require_top
 from sparseft.modules.weak_table import WeakTable
 from sparseft.ops import gather_entries, sum_entries, write_entries_, write_sum_
+
+if TYPE_CHECKING:
+    from sparseft.modules.placement import Placement
 
 __all__ = ["MaskedParameter", "leaf_attribute", "masked_by_leaf", "masked_by_weight", "registered"]
 
@@ -67,6 +70,8 @@ class MaskedParameter:
     Attributes:
         leaf: (nnz,) fp32 (fp64 for an fp64 weight) trainable diff, zeros at first.
         holder: its place on the weight's storage stack; keeps indices and base.
+        wide: dtype of the leaf, whatever becomes of the weight's.
+        placement: of its attachment; None for a copy of the module alone.
     """
 
     def __init__(
@@ -86,8 +91,11 @@ class MaskedParameter:
         self.backend = backend
         self.compact = compact
         self.reported = False
-        wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        self.leaf = nn.Parameter(torch.zeros(pattern.nnz, dtype=wide, device=weight.device))
+        self.placement: Placement | None = None
+        self._handed_out: tuple[Tensor, int] | None = None
+        self._data_was_set = False
+        self.wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        self.leaf = nn.Parameter(torch.zeros(pattern.nnz, dtype=self.wide, device=weight.device))
         base = gather_entries(weight.detach(), pattern.indices, backend=backend)
         self.holder = Holder(f"attach({name!r})", pattern.indices, base)
         push(weight, self.holder)
@@ -119,6 +127,25 @@ class MaskedParameter:
             if table.get(parameter) is self:
                 table.remove(parameter)
         remove_idle_hooks()
+
+    def hand_out(self, alias: Tensor) -> None:
+        """Keep the alias that a module just gave as its weight, for `data_was_set`."""
+        if type(alias) is Tensor and type(self.weight) is nn.Parameter:
+            try:
+                self._handed_out = alias, alias.data_ptr()
+            except RuntimeError:  # inside a transform of torch.func it has no memory of its own
+                self._handed_out = None
+
+    def data_was_set(self) -> bool:
+        """Whether ``module.weight.data = ...`` changed an alias, and so no weight.
+
+        Lets go of the alias kept.
+        """
+        if self._handed_out is not None:
+            alias, address = self._handed_out
+            self._handed_out = None
+            self._data_was_set |= alias.data_ptr() != address
+        return self._data_was_set
 
     def follow_weight_(self) -> None:
         """Bring indices, base and leaf to the weight's device, and base to its dtype.
@@ -187,6 +214,8 @@ class MaskedParameter:
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
+        del state["placement"]  # which sets it again, if the whole model is copied
+        state["_handed_out"] = None
         stack = holders(self.weight)
         # What lies beneath, so that the copy's bottom base is the original's.
         state["_beneath"] = stack[: stack.index(self.holder)] if self.holder in stack else ()
@@ -194,6 +223,7 @@ class MaskedParameter:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         beneath = state.pop("_beneath")
+        self.__dict__.setdefault("placement", None)
         self.__dict__.update(state)
         for holder in (*beneath, self.holder):
             push(self.weight, holder)

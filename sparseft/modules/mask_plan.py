@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Mapping, Sequence
 
+from torch import nn
+
+from sparseft._text import human_bytes
 from sparseft.diff import MaskLike, SparseDiff, SparsePattern, as_pattern
 from sparseft.errors import AttachError, MaskError
 from sparseft.modules.names import ParameterIndex
 from sparseft.modules.refusals import check_maskable, check_overlaps
 
-__all__ = ["check_roles", "resolve_masks"]
+__all__ = ["check_roles", "resolve_masks", "warn_if_dense"]
+
+logger = logging.getLogger(__name__)
+
+_DENSE = 0.2
 
 
 def resolve_masks(
@@ -74,3 +83,35 @@ def check_roles(
                 "cannot require grad. Narrow the glob."
             )
     check_overlaps(index, patterns)
+
+
+def warn_if_dense(
+    patterns: Mapping[str, SparsePattern], weights: Mapping[str, nn.Parameter]
+) -> None:
+    """Warn where masks keep so much that training the tensors whole is likely cheaper.
+
+    Args:
+        patterns: name -> where it is trained.
+        weights: name -> its parameter.
+
+    Trained state is counted as AdamW's: index, base, leaf, gradient and two moments an entry
+    (24 bytes for an fp32 weight), against gradient and two moments a weight (12 bytes).
+    """
+    nnz = sum(pattern.nnz for pattern in patterns.values())
+    size = sum(math.prod(pattern.shape) for pattern in patterns.values())
+    if nnz <= _DENSE * size:
+        return
+    sparse = dense = 0
+    for name, pattern in patterns.items():
+        item = weights[name].element_size()
+        wide = max(item, 4)
+        sparse += pattern.nnz * (pattern.indices.element_size() + item + 4 * wide)
+        dense += weights[name].numel() * 3 * item
+    logger.warning(
+        "masks keep %.1f%% of the masked tensors (%s of %s entries). Above %.0f%% a dense run is "
+        "likely the cheaper one: trained state with AdamW is %s here (%.0f bytes an entry) and %s "
+        "with these tensors trained whole (%.0f bytes a weight), without a gather and a scatter in "
+        "each step. `sparseft profile` compares both. Choose a lower density, or full_params.",
+        100 * nnz / size, f"{nnz:,}", f"{size:,}", 100 * _DENSE,
+        human_bytes(sparse), sparse / nnz, human_bytes(dense), dense / size,
+    )  # fmt: skip

@@ -2,20 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from sparseft.adapter import Adapter
 from sparseft.errors import AttachError
 from sparseft.modules.class_swap import masked_attributes
 from sparseft.modules.leaves import leaf_attribute
 from sparseft.modules.names import ParameterIndex
 
-__all__ = ["check_maskable", "check_overlaps"]
+__all__ = ["check_maskable", "check_masks", "check_overlaps", "check_ties"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_masks(given: object) -> None:
+    """Raise AttachError for masks that are a path, a tensor, a list of names."""
+    if isinstance(given, Mapping | Adapter):
+        return
+    if isinstance(given, str | os.PathLike):
+        got, path = f"the path {os.fspath(given)!r}", repr(os.fspath(given))
+        fix = (
+            f"Masks in a file: sparseft.select(model, method='file', path={path}). An adapter, "
+            f"its values too: sparseft.Adapter.load({path})."
+        )
+    else:
+        got = type(given).__name__
+        fix = "sparseft.select makes such a mapping."
+    raise AttachError(
+        f"masks is {got}, wanted a mapping from parameter name to mask (a bool tensor or a "
+        f"SparsePattern), or an Adapter. {fix}"
+    )
 
 
 def check_maskable(name: str, parameter: nn.Parameter, owners: list[tuple[nn.Module, str]]) -> None:
@@ -131,3 +152,40 @@ def check_overlaps(index: ParameterIndex, names: Iterable[str]) -> None:
                     "parameters, so a diff of one would change the other. Tie them by assigning "
                     "one Parameter to both modules, or give each its own memory."
                 )
+
+
+def _declared_ties(model: nn.Module) -> set[tuple[str, str]]:
+    """Return pairs of full names that transformers models in here declare to be one parameter."""
+    pairs = set()
+    for prefix, module in model.named_modules():
+        start = f"{prefix}." if prefix else ""
+        # transformers 5 lists what its config ties; 4 knows input and output embeddings.
+        declared = getattr(module, "all_tied_weights_keys", None)
+        if isinstance(declared, Mapping):
+            pairs |= {(f"{start}{a}", f"{start}{b}") for a, b in declared.items()}
+        elif getattr(getattr(module, "config", None), "tie_word_embeddings", False):
+            names = {id(m): name for name, m in module.named_modules()}
+            ends = ("get_output_embeddings", "get_input_embeddings")
+            found = [getattr(module, end)() for end in ends if hasattr(module, end)]
+            if len(found) == 2 and all(id(m) in names for m in found):
+                a, b = (f"{start}{names[id(m)]}.weight" for m in found)
+                pairs.add((a, b))
+    return pairs
+
+
+def check_ties(model: nn.Module, index: ParameterIndex, names: Iterable[str]) -> None:
+    """Raise AttachError if a masked weight is half of a declared tie that is two dtypes.
+
+    Such a tie is broken: a mask would train one half, and a save or `tie_weights` drop the other.
+    """
+    masked = set(names)
+    for a, b in _declared_ties(model):
+        if a not in index or b not in index or index.get(a) is index.get(b):
+            continue
+        one, two = index.get(a), index.get(b)
+        if one.dtype != two.dtype and masked & {index.resolve(a), index.resolve(b)}:
+            raise AttachError(
+                f"{a!r} is {one.dtype} and {b!r} is {two.dtype}, but the model declares them tied "
+                "(config.tie_word_embeddings), so a mask would train one of them alone. Cast the "
+                "whole model and call model.tie_weights(), or set config.tie_word_embeddings=False."
+            )

@@ -33,6 +33,8 @@ def regroup_(
                 placed.add(id(new))
             if new is not parameter:
                 optimizer.state.pop(parameter, None)
-        group["params"] = params
+        group["params"][:] = params  # L-BFGS keeps this very list
+    if hasattr(optimizer, "_numel_cache"):
+        optimizer._numel_cache = None  # and how many entries it has
     rest = [p for p in (*replaced.values(), *kept.values()) if id(p) not in placed]
     optimizer.param_groups[0]["params"].extend(rest)

@@ -1,8 +1,8 @@
 """Write every trained diff into its weight after each optimizer step, whatever the optimizer.
 
-Two global hooks of ``torch.optim``, there while any mask is attached. (A pre-forward hook that
-watches ``leaf._version`` trains nothing, silently, with ``AdamW(fused=True)`` and under
-``torch.compile``.)
+Two global hooks of ``torch.optim``, and a check in GradScaler, there while any mask is attached.
+(A pre-forward hook that watches ``leaf._version`` trains nothing, silently, with
+``AdamW(fused=True)`` and under ``torch.compile``.)
 
 torch.compile traces them as part of a compiled step: what they call has to be plain enough for it
 (dicts, ``weakref.ref``; no ``WeakValueDictionary``, no messages), see tests/attach/test_compile.py.
@@ -21,12 +21,19 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from sparseft.errors import AttachError
 from sparseft.modules.leaves import (
     MaskedParameter,
     masked_by_leaf,
     masked_by_weight,
     registered,
+)
+from sparseft.modules.optimizer_guards import (
+    ScalerWatch,
+    check_groups,
+    check_places,
+    frozen_note,
+    note_without_leaves,
+    report_idle,
 )
 from sparseft.modules.transplant import note_step
 
@@ -49,22 +56,39 @@ def _in_groups(optimizer: Optimizer) -> tuple[list[MaskedParameter], list[Masked
     return leaves, weights
 
 
+def _check(optimizer: Optimizer) -> None:
+    leaves, weights = _in_groups(optimizer)
+    check_groups(optimizer, leaves, weights)
+    if leaves:
+        check_places(optimizer, leaves)
+    else:
+        note_without_leaves(optimizer)
+
+
+# What replaces a weight or module that a compiled step reads has the step traced again.
+@torch.compiler.assume_constant_result
+def _check_while_traced(optimizer: Optimizer) -> bool:
+    _check(optimizer)
+    return True
+
+
+def _before_unscale(optimizer: Any) -> None:
+    check_groups(optimizer, *_in_groups(optimizer))
+
+
 def _before_step(
     optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Stop an optimizer that was built before attach: it would train nothing.
+    """Stop a step that would train nothing, see `sparseft.modules.optimizer_guards`.
 
     A closure is wrapped: L-BFGS moves the leaves and evaluates again inside one step, which has to
     see the weights of those leaves.
     """
-    leaves, weights = _in_groups(optimizer)
-    if weights and not leaves:
-        raise AttachError(
-            f"this {type(optimizer).__name__} was built before attach: it holds {weights[0].name!r}"
-            f"{f' and {len(weights) - 1} more masked weights' if len(weights) > 1 else ''} but "
-            "none of their leaves, so it would train nothing. Build it from "
-            "attachment.parameters(), or call attach(model, masks, optimizer=optimizer)."
-        )
+    if torch.compiler.is_compiling():
+        _check_while_traced(optimizer)
+    else:
+        _check(optimizer)
+    leaves, _ = _in_groups(optimizer)
     for masked in leaves:
         masked.require_top("take an optimizer step on")
     # torch hands the hook the optimizer itself as the first of the arguments.
@@ -88,13 +112,14 @@ def _report_untouched(leaves: Iterable[MaskedParameter]) -> None:
     for masked in first:
         masked.reported = True
     silent = [masked.name for masked in first if masked.leaf.grad is None]
+    frozen = sum(not masked.leaf.requires_grad for masked in first)
     if silent:
         logger.warning(
-            "no gradient reached %d of %d masked tensors before the first optimizer step: %s. Is "
+            "no gradient reached %d of %d masked tensors before the first optimizer step: %s%s. Is "
             "the layer used in this loss, and not read around its module or under no_grad? With "
             "reentrant checkpointing, inputs of a block must require grad: pass "
             "input_grads=True to attach, or use_reentrant=False.",
-            len(silent), len(first), ", ".join(silent),
+            len(silent), len(first), ", ".join(silent), frozen_note(frozen),
         )  # fmt: skip
 
 
@@ -114,6 +139,7 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     if torch.compiler.is_compiling():
         _report_while_traced(optimizer)
     else:
+        report_idle(optimizer, leaves)
         _report_untouched(leaves)
     if getattr(optimizer, "writes_masked_weights", False):
         return  # ours wrote each weight in the pass that updated its leaf
@@ -122,10 +148,11 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 
 
 def install_hooks() -> None:
-    """Install the two hooks unless they are there."""
+    """Install the hooks unless they are there."""
     if not _handles:
         _handles.append(register_optimizer_step_pre_hook(_before_step))
         _handles.append(register_optimizer_step_post_hook(_after_step))
+        _handles.append(ScalerWatch(_before_unscale))
 
 
 def remove_idle_hooks() -> None:

@@ -1,0 +1,185 @@
+"""Notice an optimizer that would step, and train nothing: built before attach, or for other masks.
+
+Called before each step, and before a GradScaler unscales gradients: without any it says "No inf
+checks were recorded for this optimizer", and the step never comes.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from sparseft.errors import AttachError
+from sparseft.modules.leaves import MaskedParameter
+from sparseft.modules.placement import DETACHED, Placement, placements
+
+__all__ = [
+    "ScalerWatch",
+    "check_groups",
+    "check_places",
+    "frozen_note",
+    "note_without_leaves",
+    "report_idle",
+]
+
+logger = logging.getLogger(__name__)
+
+_FIX = (
+    "Build it from attachment.parameters(), after attach, or call attach(model, masks, "
+    "optimizer=optimizer), which puts the leaves into its groups."
+)
+# Steps of an optimizer without any leaf that trained full parameters of an attachment.
+_without_leaves: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
+
+
+def check_groups(
+    optimizer: Optimizer, leaves: Sequence[MaskedParameter], weights: Sequence[MaskedParameter]
+) -> None:
+    """Raise AttachError where no step of this optimizer would train a mask, though it should.
+
+    Args:
+        optimizer: about to step.
+        leaves: masked parameters whose leaf it holds.
+        weights: masked parameters whose weight it holds.
+    """
+    kind = type(optimizer).__name__
+    if weights and not leaves:
+        more = f" and {len(weights) - 1} more masked weights" if len(weights) > 1 else ""
+        raise AttachError(
+            f"this {kind} was built before attach: it holds {weights[0].name!r}{more} but none of "
+            f"their leaves, so it would train nothing. {_FIX}"
+        )
+    if leaves:
+        if weights:
+            _note_partly(optimizer, leaves, weights)
+        return
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    stale = [name for p in parameters if (name := getattr(p, DETACHED, None))]
+    if stale and all(p.grad is None for p in parameters):
+        raise AttachError(
+            f"this {kind} holds the leaf of {stale[0]!r}{_more(stale)} whose masks were detached, "
+            f"and nothing else that has a gradient, so it would train nothing. {_FIX}"
+        )
+
+
+def _more(names: Sequence[str]) -> str:
+    return f" and {len(names) - 1} more" if len(names) > 1 else ""
+
+
+def _note_partly(
+    optimizer: Optimizer, leaves: Sequence[MaskedParameter], weights: Sequence[MaskedParameter]
+) -> None:
+    """Warn, once, of masks that came after an optimizer that trains others."""
+    held = {id(masked) for masked in leaves}
+    left = [
+        masked
+        for masked in weights
+        if id(masked) not in held and not (masked.placement and masked.placement.stepped)
+    ]
+    for placement in {id(m.placement): m.placement for m in left if m.placement}.values():
+        if "partly" not in placement.warned:
+            placement.warned.add("partly")
+            names = [m.name for m in left if m.placement is placement]
+            logger.warning(
+                "this %s holds %r%s but not the leaves, as if it was built before they got their "
+                "masks. Unless another optimizer trains them, nothing does. %s",
+                type(optimizer).__name__, names[0], _more(names), _FIX,
+            )  # fmt: skip
+
+
+def note_without_leaves(optimizer: Optimizer) -> None:
+    """Warn, once, where a second step trains full parameters of masks that nobody has stepped."""
+    parameters = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for placement in placements():
+        if placement.stepped or "full" in placement.warned:
+            continue
+        if placement.holds_full(parameters):
+            steps = _without_leaves.get(optimizer, 0) + 1
+            _without_leaves[optimizer] = steps
+            if steps > 1:
+                placement.warned.add("full")
+                logger.warning(
+                    "%d steps of this %s trained full_params, and no optimizer has stepped a leaf "
+                    "of the %d masks beside them. Was it built before attach? %s",
+                    steps, type(optimizer).__name__, placement.count, _FIX,
+                )  # fmt: skip
+
+
+def check_places(optimizer: Optimizer, leaves: Iterable[MaskedParameter]) -> None:
+    """Raise AttachError where a weight, a leaf or its state is not where the step needs it."""
+    placements: dict[int, Placement] = {}
+    for masked in leaves:
+        if masked.placement is not None:
+            placements[id(masked.placement)] = masked.placement
+        leaf = masked.leaf
+        state = optimizer.state.get(leaf)
+        if not state:
+            continue
+        for key, value in state.items():
+            # One number (a step count) may stay on the CPU.
+            if isinstance(value, Tensor) and value.device != leaf.device and value.numel() > 1:
+                raise AttachError(
+                    f"the {type(optimizer).__name__}'s {key!r} of {masked.name!r} is on "
+                    f"{value.device}, its leaf on {leaf.device}: the model moved after the "
+                    "optimizer had state. Move the model before its first step, or hand the state "
+                    "over anew: optimizer.load_state_dict(optimizer.state_dict())."
+                )
+    for placement in placements.values():
+        placement.check()
+        placement.stepped = True
+
+
+def report_idle(optimizer: Optimizer, leaves: Sequence[MaskedParameter]) -> None:
+    """Warn, once, of a step before which no leaf at all had a gradient, though some had before."""
+    if any(masked.leaf.grad is not None for masked in leaves):
+        return
+    placement = next((m.placement for m in leaves if m.placement is not None), None)
+    if placement is None or "idle" in placement.warned or not all(m.reported for m in leaves):
+        return
+    placement.warned.add("idle")
+    frozen = sum(not masked.leaf.requires_grad for masked in leaves)
+    logger.warning(
+        "this %s took a step, but no gradient had reached any of its %d masked tensors, %r first%s."
+        " Does it belong to the model that is trained now? A deep copy has leaves of its own: "
+        "attachments_of(copy)[-1].parameters().",
+        type(optimizer).__name__, len(leaves), leaves[0].name, frozen_note(frozen),
+    )  # fmt: skip
+
+
+def frozen_note(frozen: int) -> str:
+    """Return what to add to a warning where leaves do not require grad."""
+    if not frozen:
+        return ""
+    return (
+        f" ({frozen} of the leaves were frozen after attach, as get_peft_model and "
+        "model.requires_grad_(False) do; leaf.requires_grad_() for each of "
+        "attachment.parameters() trains them again)"
+    )
+
+
+class ScalerWatch:
+    """Has ``check(optimizer)`` called before a `torch.amp.GradScaler` unscales; until `remove`."""
+
+    def __init__(self, check: Callable[[Any], None]) -> None:
+        stock = torch.amp.GradScaler.unscale_
+
+        @functools.wraps(stock)
+        def unscale_(scaler: torch.amp.GradScaler, optimizer: Any) -> None:
+            if scaler.is_enabled():
+                check(optimizer)
+            stock(scaler, optimizer)
+
+        self._stock, self._ours = stock, unscale_
+        torch.amp.GradScaler.unscale_ = unscale_  # type: ignore[method-assign, assignment]
+
+    def remove(self) -> None:
+        """Put the stock method back, unless somebody has put another one on top."""
+        if torch.amp.GradScaler.unscale_ is self._ours:
+            torch.amp.GradScaler.unscale_ = self._stock  # type: ignore[method-assign]
