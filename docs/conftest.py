@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import doctest
 import io
+import logging
 import os
 import shlex
 import subprocess
@@ -109,6 +110,8 @@ class Page:
         folder = self.left.enter_context(tempfile.TemporaryDirectory())
         self.left.callback(os.chdir, os.getcwd())
         os.chdir(folder)
+        log = logging.getLogger("sparseft")
+        self.left.callback(setattr, log, "handlers", list(log.handlers))
         torch.manual_seed(0)
 
     def leave(self, namespace: dict[str, Any]) -> None:
