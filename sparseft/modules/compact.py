@@ -23,14 +23,33 @@ def _drop_frozen(module: nn.Module, state_dict: Any, prefix: str, local_metadata
             state_dict.pop(prefix + name, None)
 
 
+def _nothing_missing(module: nn.Module, incompatible_keys: Any) -> None:
+    """Load post-hook: a compact state dict lacks every frozen weight, and that is no fault.
+
+    Trainer would list them all in a warning, and fail where the model is not one of transformers'.
+    """
+    kept = {id(p) for a in module.__dict__.get(ATTACHMENTS, ()) for p in a.parameters()}
+    names = {True: set[str](), False: set[str]()}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names[id(parameter) in kept].add(name)
+    missing = incompatible_keys.missing_keys
+    if names[False] and names[False] <= set(missing) and names[True].isdisjoint(missing):
+        missing[:] = [name for name in missing if name not in names[False]]
+
+
 def start_compact_state_dict(model: nn.Module) -> None:
-    """Install the hook on a model, once. It does nothing unless an attachment asks for it."""
+    """Install the hooks on a model, once. They do nothing unless an attachment asks for it, or a
+    compact state dict is loaded.
+    """
     if not any(hook is _drop_frozen for hook in model._state_dict_hooks.values()):
         model.register_state_dict_post_hook(_drop_frozen)
+        model.register_load_state_dict_post_hook(_nothing_missing)
 
 
 def stop_compact_state_dict(model: nn.Module) -> None:
-    """Remove the hook; found by itself, because a deep copy has hooks but no handles."""
-    for number, hook in list(model._state_dict_hooks.items()):
-        if hook is _drop_frozen:
-            del model._state_dict_hooks[number]
+    """Remove the hooks; found by themselves, because a deep copy has hooks but no handles."""
+    own = (_drop_frozen, _nothing_missing)
+    for hooks in (model._state_dict_hooks, model._load_state_dict_post_hooks):
+        for number, hook in list(hooks.items()):
+            if hook in own:
+                del hooks[number]
