@@ -75,8 +75,8 @@ class SparseCallback:
 
     Numerics: training is not touched. Nothing waits for the device between logs and saves. Tokens
         are the entries of ``input_ids`` (shapes alone, the attention mask is not read), or
-        Trainer's own count where ``include_num_input_tokens_seen`` is set; a compiled model's
-        can be counted in that way only.
+        Trainer's own count where ``include_num_input_tokens_seen`` is set; those of a model that
+        Trainer compiles are counted in that way, or after `add_to`.
 
     Example:
         >>> trainer = transformers.Trainer(model, args, train_dataset=data)  # doctest: +SKIP
