@@ -324,8 +324,10 @@ class Reselection:
         out = {"state": torch.tensor(list(text), dtype=torch.uint8)}
         for name, pattern in self.attachment.patterns.items():
             out[f"indices.{name}"] = pattern.indices
-            # Always the same keys: empty between windows.
-            none = Found(pattern.indices[:0], pattern.indices.new_empty(0, dtype=torch.float32))
+            # Always the same keys: empty between windows. No views: safetensors refuses those.
+            none = Found(
+                pattern.indices.new_empty(0), pattern.indices.new_empty(0, dtype=torch.float32)
+            )
             for part, tensor in self._window.found.get(name, none)._asdict().items():
                 out[f"{part if part == 'scores' else 'candidates'}.{name}"] = tensor
         return out
