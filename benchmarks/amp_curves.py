@@ -5,19 +5,19 @@ same start, batches, rates, clipping and decay. Every way of ours is held to lim
 dense runs alone:
 
 - **Loss and diff**: against the reference, at most twice as far as the dense run of the same
-  precision is. For fp32 that dense run is the reference with the rows of every batch reversed: the
-  same loss and gradient, summed in another order, so that what it differs by is what rounding grows
-  to over the run. It is the least limit of every precision. A bf16 base is held against dense
-  training of bf16 weights with fp32 masters, which is what a diff in fp32 stands for; pure bf16
-  AdamW is shown, and no limit. Loss: largest and mean absolute difference, smoothed over
-  `WINDOW` steps. Diff: RMS of the difference over RMS of the reference's diff, all tensors, at the
-  end; the fp32 reference keeps sums, not diffs, and what it loses by that counts, too.
+  precision is. For fp32 that is dense fine-tuning in fp64, whose distance is what fp32 itself loses
+  by rounding over the run; it is the least limit of every precision. A bf16 base is held against
+  dense training of bf16 weights with fp32 masters, which is what a diff in fp32 stands for; pure
+  bf16 AdamW is shown, and no limit. Loss: RMS of the steps' differences; besides, no mean over
+  `WINDOW` steps may be further off than twice the RMS of the dense run's single steps (its own
+  means cancel by luck, and are no limit). Diff: RMS of the difference over RMS of the reference's
+  diff, all tensors, at the end.
 - **Lost**: AdamW in fp64 on the very gradients of a run, for entries of every tensor, against the
   values that the run has at its end: at most twice what the fp32 reference loses. This limit is
   free of chaos, and six digits tight: a diff kept in bf16 is over it a thousandfold.
 - **Frozen**: no bit outside the mask changes, on any side. **Skipped**: the GradScaler leaves out
-  as many steps as on the dense side.
-- **Meaning**: the largest of the loss limits may be a quarter of what another order of the batches
+  no more steps than on the dense side (fewer may be: gradients at a mask do not overflow).
+- **Meaning**: the limit of the smoothed loss is at most half of what another order of the batches
   does to the loss; above, they would allow anything.
 
 Two mistakes run besides and have to be caught: a diff kept in bf16, and another mask.
@@ -46,7 +46,7 @@ STEPS = 300
 # Steps that a smoothed loss is the mean of.
 WINDOW = 20
 FACTOR = 2.0
-_FLOOR = "dense fp32, rows reversed"
+_FLOOR = "dense fp64"
 _ORDER = "dense fp32, another order"
 _DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -59,12 +59,14 @@ def smoothed(losses: Sequence[float], window: int = WINDOW) -> Tensor:
 
 def distances(curve: Curve, reference: Curve) -> dict[str, float]:
     """Return how far a curve is from the reference: its loss, and its diff at the end."""
+    steps = torch.tensor(curve.losses, dtype=torch.float64) - torch.tensor(reference.losses)
     apart = (smoothed(curve.losses) - smoothed(reference.losses)).abs()
     over = {n: (curve.diff[n] - d).double().square().sum() for n, d in reference.diff.items()}
     whole = sum(float(d.double().square().sum()) for d in reference.diff.values())
     return {
-        "loss max": float(apart.max()),
-        "loss mean": float(apart.mean()),
+        "loss": float(steps.square().mean().sqrt()),
+        "smoothed max": float(apart.max()),
+        "smoothed mean": float(apart.mean()),
         "diff": (sum(float(o) for o in over.values()) / whole) ** 0.5,
         "lost": curve.lost,
     }
@@ -114,16 +116,14 @@ def _checks(
 ) -> list[Check]:
     dense, floor, order = (rows[n] for n in (curve.way.limit, _FLOOR, _ORDER))
     checks = []
-    for name in ("loss max", "loss mean", "diff"):
-        least = max(dense["distance"][name], floor["distance"][name])
-        if name == "diff":
-            least = max(least, reference.lost)
-        checks.append(Check(name, far[name], FACTOR * least))
+    for name, of in (("loss", "loss"), ("smoothed max", "loss"), ("diff", "diff")):
+        least = max(dense["distance"][of], floor["distance"][of])
+        # Half a unit in the last place of an fp32 loss may be seen as a whole one.
+        checks.append(Check(name, far[name], FACTOR * least + torch.finfo(torch.float32).eps))
     checks.append(Check("lost", far["lost"], FACTOR * reference.lost))
-    apart = float(abs(curve.skipped - dense["skipped"]))
-    checks.append(Check("skipped steps, difference to dense", apart, 0.0))
-    meaning = checks[0].limit / order["distance"]["loss max"]
-    return [*checks, Check("limit of the loss over another order's difference", meaning, 0.25)]
+    checks.append(Check("skipped steps", curve.skipped, dense["skipped"]))
+    meaning = checks[1].limit / order["distance"]["smoothed max"]
+    return [*checks, Check("limit of the loss over another order's difference", meaning, 0.5)]
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -131,8 +131,9 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     columns = {
         "name": "",
         "last": f"loss, last {WINDOW} steps",
-        "loss max": "off the reference, max",
-        "loss mean": "mean",
+        "loss": "off the reference, RMS of steps",
+        "smoothed max": f"mean of {WINDOW} steps, at most",
+        "smoothed mean": "on average",
         "diff": "diff at the end",
         "lost": "lost on the way",
         "good": "",

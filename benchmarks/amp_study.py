@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,15 +50,6 @@ class Study:
         warm = max(1, steps // 10)
         return self.lr * min((step + 1) / warm, (steps - step) / max(1, steps - warm))
 
-    def given(self, how: str = "") -> Iterator[Batch]:
-        """Yield the batches; ``how`` as in `amp_ways.Way.batches`."""
-        if how == "another order":
-            yield from self.another_order
-            return
-        for batch in self.batches:
-            reverse = how == "rows reversed"
-            yield {k: t.flip(0) for k, t in batch.items()} if reverse else batch
-
 
 _LABELS = ("positive", "neutral", "negative")
 
@@ -74,7 +65,7 @@ def real_study(
     seed: int = 0,
     shape: Mapping[str, Any] | None = None,
 ) -> Study:
-    """Return sentiment (SmSA) on the real encoder, or on a random one of its vocabulary.
+    """Return sentiment (SmSA) on the real encoder, or on a random one that reads the same pieces.
 
     Args:
         data: folder with ``smsa/`` and ``multilingual-e5-small-trimmed/``.
@@ -84,7 +75,8 @@ def real_study(
         density: of random masks on every matrix of the encoder; the head is masked as a whole.
         lr: peak rate.
         seed: of head, masks and order.
-        shape: overrides of the encoder's configuration; its weights are random then.
+        shape: overrides of the encoder's configuration; its weights are random then, and its
+            vocabulary is the pieces that the sentences have (25,000 are most of a small model).
 
     Raises:
         DataError: a file that is not there.
@@ -96,6 +88,23 @@ def real_study(
     for path in (folder / "tokenizer.json", table):
         if not path.is_file():
             raise DataError(f"{path} is not there; --data names the folder with the real data.")
+    examples = load_classification(table, _LABELS, columns=("text", "label"))
+    drawn = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
+    wanted = [examples[i] for i in drawn[: steps * batch]]
+    rows = dict(
+        AutoTokenizer.from_pretrained(folder)(
+            [e.text for e in wanted],
+            truncation=True,
+            padding="max_length",
+            max_length=length,
+            return_tensors="pt",
+        )
+    )
+    rows["labels"] = torch.tensor([e.label for e in wanted])
+    if shape is not None:
+        used = torch.cat([torch.arange(5), rows["input_ids"].flatten()]).unique()  # 5: special
+        rows["input_ids"] = torch.searchsorted(used, rows["input_ids"])
+        shape = {**shape, "vocab_size": used.numel()}
     config = AutoConfig.from_pretrained(
         folder,
         num_labels=len(_LABELS),
@@ -117,19 +126,6 @@ def real_study(
     chosen = sparseft.select(model, "random", density=density, include=matrices, seed=seed)
     masks = {name: pattern.to_mask() for name, pattern in chosen.items()}
     masks |= {n: torch.ones(model.get_parameter(n).shape, dtype=torch.bool) for n in head}
-    examples = load_classification(table, _LABELS, columns=("text", "label"))
-    drawn = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
-    wanted = [examples[i] for i in drawn[: steps * batch]]
-    rows = dict(
-        AutoTokenizer.from_pretrained(folder)(
-            [e.text for e in wanted],
-            truncation=True,
-            padding="max_length",
-            max_length=length,
-            return_tensors="pt",
-        )
-    )
-    rows["labels"] = torch.tensor([e.label for e in wanted])
     order = torch.randperm(len(wanted), generator=torch.Generator().manual_seed(seed + 1))
     facts = {
         "model": "random weights" if shape else folder.name,

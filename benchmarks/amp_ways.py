@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparseft
+from sparseft.ops._common import bits
 
 __all__ = ["WAYS", "Curve", "HalfProducts", "Way", "run_way"]
 
@@ -41,7 +42,7 @@ class Way:
         master: dense only: AdamW steps fp32 copies, which the weights are rounded from.
         limit: the dense way that says what this precision may cost; "" where nothing is held
             against a limit.
-        batches: "rows reversed" (the same loss and gradient, rounded otherwise) or "another order".
+        another_order: of the batches.
         spoil: a mistake that has to be caught: "diff in bf16" or "another mask".
     """
 
@@ -51,21 +52,21 @@ class Way:
     autocast: torch.dtype | None = None
     master: bool = False
     limit: str = ""
-    batches: str = ""
+    another_order: bool = False
     spoil: str = ""
 
 
 _DENSE = (
     Way(name="dense fp32"),
-    Way(name="dense fp32, rows reversed", batches="rows reversed"),
-    Way(name="dense fp32, another order", batches="another order"),
+    Way(name="dense fp32, another order", another_order=True),
+    Way(name="dense fp64", weights=torch.float64),
     Way(name="dense fp16 autocast", autocast=FP16),
     Way(name="dense bf16 autocast", autocast=BF16),
     Way(name="dense bf16, fp32 master", weights=BF16, master=True),
     Way(name="dense bf16", weights=BF16),
 )
 _OURS = (
-    Way(name="ours fp32", ours=True, limit="dense fp32, rows reversed"),
+    Way(name="ours fp32", ours=True, limit="dense fp64"),
     Way(name="ours fp16 autocast", ours=True, autocast=FP16, limit="dense fp16 autocast"),
     Way(name="ours bf16 autocast", ours=True, autocast=BF16, limit="dense bf16 autocast"),
     Way(name="ours bf16 base", ours=True, weights=BF16, limit="dense bf16, fp32 master"),
@@ -81,7 +82,7 @@ _SPOILT = (
     Way(
         name="ours fp32, another mask",
         ours=True,
-        limit="dense fp32, rows reversed",
+        limit="dense fp64",
         spoil="another mask",
     ),
 )
@@ -179,8 +180,9 @@ class _Dense:
             parameter.grad = None
 
     def diff(self) -> dict[str, Tensor]:
-        pairs = self.stepped.items()
-        return {n: (p.detach().float() - self.start[n].float()) * self.masks[n] for n, p in pairs}
+        return {
+            n: (_apart(p, self.start[n]) * self.masks[n]).float() for n, p in self.stepped.items()
+        }
 
     def watched(self, places: Mapping[str, Tensor], *, gradient: bool) -> Tensor:
         found = []
@@ -189,9 +191,15 @@ class _Dense:
             values = parameter.grad if gradient else parameter.detach()
             if values is None:
                 values = torch.zeros_like(parameter)
-            picked = values.reshape(-1)[place].float()
-            found.append(picked if gradient else picked - self.start[name].view(-1)[place].float())
+            picked = values.reshape(-1)[place]
+            found.append(picked if gradient else _apart(picked, self.start[name].view(-1)[place]))
         return torch.cat(found)
+
+
+def _apart(now: Tensor, start: Tensor) -> Tensor:
+    """Return the difference in fp32, or in fp64 of fp64."""
+    wide = torch.promote_types(now.dtype, FP32)
+    return now.detach().to(wide) - start.to(wide)
 
 
 class _Attached:
@@ -270,7 +278,7 @@ def run_way(way: Way, study: Study, *, progress: Callable[[str], None] | None = 
     skipped = 0
     begun = time.perf_counter()
     with half:
-        for step, batch in enumerate(study.given(way.batches)):
+        for step, batch in enumerate(study.another_order if way.another_order else study.batches):
             rate = study.rate(step)
             for group in side.optimizer.param_groups:
                 group["lr"] = rate
@@ -312,8 +320,7 @@ def _moved(model: nn.Module, before: Mapping[str, Tensor], masks: Mapping[str, T
     changed = 0
     for name, old in before.items():
         new = parameters[name].detach()
-        kind = torch.int32 if new.dtype == FP32 else torch.int16
-        differs = new.view(kind) != old.view(kind)
+        differs = bits(new) != bits(old)
         if name in masks:
             differs &= ~masks[name]
         changed += int(differs.sum())
