@@ -107,11 +107,17 @@ class Page:
     def enter(self, namespace: dict[str, Any]) -> None:
         import torch
 
+        from sparseft import composition, selection
+        from sparseft.ops import _backend
+
         folder = self.left.enter_context(tempfile.TemporaryDirectory())
         self.left.callback(os.chdir, os.getcwd())
         os.chdir(folder)
         log = logging.getLogger("sparseft")
         self.left.callback(setattr, log, "handlers", list(log.handlers))
+        for registry in (composition.registry.REGISTRY, selection.registry.REGISTRY):
+            self.left.callback(setattr, registry, "_entries", dict(registry._entries))
+        self.left.callback(setattr, _backend, "_TRITON_OPS", _backend._TRITON_OPS)
         torch.manual_seed(0)
 
     def leave(self, namespace: dict[str, Any]) -> None:
