@@ -5,6 +5,7 @@ Built with ``sphinx-build -W docs docs/_build``: no network, no import but spars
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import sparseft
@@ -53,5 +54,32 @@ def skip_what_is_said_elsewhere(
     return None
 
 
+_LABEL = re.compile(r"^(\s*)(Numerics|Memory|Source|Differences to [\w. ]+|Yields):(?= \S)")
+
+
+def plain_sections(
+    app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]
+) -> None:
+    """Prepare what napoleon would misread.
+
+    A section of one paragraph, ``Numerics: text``, gets a bold label, and its hanging indent goes,
+    which would make a definition of it. What is returned is text: before a colon no type stands.
+    """
+    label, returns = None, False
+    for i, line in enumerate(lines):
+        found = _LABEL.match(line)
+        if found:
+            label = found[1]
+            lines[i] = f"{label}**{found[2]}:**{line[found.end() :]}"
+        elif label is not None and line.strip():
+            lines[i] = label + line.lstrip()
+        else:
+            label = None
+        if returns and line.strip():
+            lines[i] = re.sub(r":(?= )", " \N{EN DASH}", lines[i], count=1)
+        returns = line.strip() in ("Returns:", "Yields:")
+
+
 def setup(app: Any) -> None:
     app.connect("autodoc-skip-member", skip_what_is_said_elsewhere)
+    app.connect("autodoc-process-docstring", plain_sections, priority=400)  # napoleon: 500
