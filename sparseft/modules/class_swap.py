@@ -20,6 +20,7 @@ from sparseft.modules.fused import fused_class
 from sparseft.modules.leaves import MaskedParameter, leaf_attribute
 from sparseft.modules.names import STATE_KEY, canonical_name
 from sparseft.modules.replacing import RefusesReplacing
+from sparseft.modules.rounded import rounded_entries, rounded_key, write_rounded_
 from sparseft.modules.taps import alias_at_mask
 from sparseft.ops import gather_entries
 from sparseft.ops._rounding import rounds_either_way
@@ -87,6 +88,9 @@ class MaskedModule(RefusesReplacing):
                 destination.pop(prefix + leaf_attribute(attr), None)
             elif masked.compact:
                 destination[_digest_key(prefix, attr)] = masked.digest_tensor()
+                entries = rounded_entries(masked)
+                if entries is not None:
+                    destination[rounded_key(prefix, attr)] = entries
 
     def _load_from_state_dict(
         self,
@@ -99,6 +103,7 @@ class MaskedModule(RefusesReplacing):
     ) -> None:
         masks = masked_attributes(self)
         as_saved = set()
+        rounded = {attr: state_dict.pop(rounded_key(prefix, attr), None) for attr in masks}
         for attr, masked in masks.items():
             masked.require_top("load a state dict into")
             if _keeps_leaf(self, attr, masked, prefix):
@@ -119,6 +124,7 @@ class MaskedModule(RefusesReplacing):
                 missing_keys.remove(key)
             if attr not in as_saved:
                 masked.write_("load a state dict into")
+                write_rounded_(masked, rounded[attr])
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # For pickle and deepcopy: the class is made at run time and has no importable name.

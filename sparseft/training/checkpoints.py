@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from sparseft.errors import ResumeError
 from sparseft.io.atomic import atomic_write
 from sparseft.modules.riders import riding
+from sparseft.modules.rounded import rounded_keys, rounded_tensors
 
 __all__ = ["CheckpointFolder", "load_trainable", "trainable"]
 
@@ -22,9 +23,10 @@ _FORMAT = 1
 def trainable(model: nn.Module) -> dict[str, Tensor]:
     """Return the parameters with ``requires_grad``, by name, and where masks that move are.
 
-    Not copied.
+    After stochastic rounding, the rounded entries, too. Not copied.
     """
-    return {n: p.detach() for n, p in model.named_parameters() if p.requires_grad} | riding(model)
+    own = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+    return own | riding(model) | rounded_tensors(model)
 
 
 def load_trainable(model: nn.Module, tensors: Mapping[str, Tensor], *, where: Path) -> None:
@@ -33,9 +35,8 @@ def load_trainable(model: nn.Module, tensors: Mapping[str, Tensor], *, where: Pa
     Raises:
         ResumeError: the names are others than the model's.
     """
-    expected = set(trainable(model))
-    if expected != set(tensors):
-        odd = sorted(expected ^ set(tensors))
+    odd = sorted((set(trainable(model)) ^ set(tensors)) - rounded_keys(model))
+    if odd:
         raise ResumeError(
             f"{where} holds other trainable parameters than the model; {len(odd)} differ, first "
             f"{odd[0]!r}. Use another output_dir, or delete this file."
