@@ -124,7 +124,7 @@ def real_study(
     head = [name for name, _ in model.named_parameters() if name.startswith("classifier")]
     matrices = [n for n, p in model.named_parameters() if p.dim() == 2 and n not in head]
     chosen = sparseft.select(model, "random", density=density, include=matrices, seed=seed)
-    masks = {name: pattern.to_mask() for name, pattern in chosen.items()}
+    masks = {name: pattern.to_mask() for name, pattern in chosen.items() if pattern.nnz}
     masks |= {n: torch.ones(model.get_parameter(n).shape, dtype=torch.bool) for n in head}
     order = torch.randperm(len(wanted), generator=torch.Generator().manual_seed(seed + 1))
     facts = {

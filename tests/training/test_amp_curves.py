@@ -51,7 +51,6 @@ def test_ours_is_as_near_to_fp32_as_dense_training_is(amp, study):
     }
     assert not over
     assert sum(row["ours"] for row in rows.values()) == 4
-    assert rows["ours bf16 base"]["last"] < rows["ours bf16 base"]["first"]
 
 
 def failed(row) -> set[str]:
