@@ -7,6 +7,7 @@ from typing import Literal
 
 from sparseft.denoise import Denoise, Treated, treat
 from sparseft.selection.deltas_svd import scores_of, weights_of
+from sparseft.selection.experts import ExpertByExpert
 from sparseft.selection.registry import Candidates, Piece, pieces_of, register_selector
 
 __all__ = ["DEFAULT_RANK", "select_low_rank"]
@@ -33,9 +34,9 @@ def select_low_rank(
     was released with LIFT keeps the *smallest* under the names its scripts use; only names that
     contain "largest" select as the paper says.)
 
-    Only matrices are scored. Entries of vectors and of tensors of more dimensions score 0, so that
-    they are kept last, which is logged; the paper takes linear layers alone: leave embeddings out
-    with ``exclude``.
+    Only matrices are scored, those of stacked experts one by one. Entries of vectors and of other
+    tensors of more dimensions score 0, so that they are kept last, which is logged; the paper takes
+    linear layers alone: leave embeddings out with ``exclude``.
 
     Args:
         candidates: parameters.
@@ -57,7 +58,8 @@ def select_low_rank(
     how = Denoise.of_method(
         "low_rank", rank=rank, energy=energy, hard=hard, residual=0, target="weight", memory=memory
     )
-    return _pieces(treat(weights_of(candidates, None), how))
+    experts = ExpertByExpert(candidates)
+    return experts.together(_pieces(treat(experts.apart(weights_of(candidates, None)), how)))
 
 
 def _pieces(stream: Iterator[Treated]) -> Iterator[Piece]:

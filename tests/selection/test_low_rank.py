@@ -86,11 +86,14 @@ def test_what_is_no_matrix_comes_last(pair, caplog):
     _, model = pair(ties=False)
     matrices = {"matrix": 30, "strided": 36, "embed.weight": 18}
     with caplog.at_level(logging.WARNING, logger="sparseft"):
-        masks = select(model, "low_rank", nnz=sum(matrices.values()), rank=1)
+        # "cube" would be taken for experts, a matrix each.
+        options = {"rank": 1, "exclude": "cube"}
+        masks = select(model, "low_rank", nnz=sum(matrices.values()), **options)
         assert {n: p.nnz for n, p in masks.items() if p.nnz} == matrices
         assert not caplog.records
-        masks = select(model, "low_rank", nnz=90, rank=1)
-    assert masks["cube"].indices.tolist() == [0, 1, 2, 3, 4, 5], "the first by name and position"
+        masks = select(model, "low_rank", nnz=90, **options)
+    zeros = {n: p.indices.tolist() for n, p in masks.items() if n not in matrices and p.nnz}
+    assert zeros == {"scalar": [0], "vector": [0, 1, 2, 3, 4]}, "the first by name and position"
     assert "the other 6 kept have score 0 (all entries of vectors" in caplog.text
 
 
