@@ -201,9 +201,12 @@ def accelerated(
 
 def trainer_of(
     tiny: Any, run: SimpleNamespace, folder: Path, *, stop: Any = None, own: bool = False,
-    callbacks: Any = (), **changes: Any,
+    scores: Any = None, callbacks: Any = (), **changes: Any,
 ) -> Any:  # fmt: skip
-    """Return a stock Trainer; with its ``own`` optimizer and schedule, or those of the run."""
+    """Return a stock Trainer; with its ``own`` optimizer and schedule, or those of the run.
+
+    With ``scores`` (step -> score) it evaluates every second step and ends with the best model.
+    """
     import transformers
 
     class Crash(transformers.TrainerCallback):
@@ -219,13 +222,21 @@ def trainer_of(
         "lr_scheduler_type": "cosine", "save_steps": 2, "logging_steps": 1, "report_to": [],
         "use_cpu": True, "disable_tqdm": True, "dataloader_pin_memory": False,
     }  # fmt: skip
+    more = {} if own else {"optimizers": (run.optimizer, run.schedule)}
+    if scores is not None:
+        options |= {
+            "eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True,
+            "metric_for_best_model": "score", "restore_callback_states_from_checkpoint": True,
+        }  # fmt: skip
+        more["eval_dataset"] = tiny.Rows(n=4, seed=1)
+        more["compute_metrics"] = lambda _: {"score": scores[trainer.state.global_step]}
     trainer = transformers.Trainer(
         model=run.model,
         args=transformers.TrainingArguments(output_dir=str(folder), **{**options, **changes}),
         train_dataset=rows_of(tiny),
         data_collator=tiny.collate,
         callbacks=[Crash(), *callbacks],
-        **({} if own else {"optimizers": (run.optimizer, run.schedule)}),
+        **more,
     )
     if run.moving is not None:
         trainer.add_callback(run.moving)
