@@ -370,11 +370,12 @@ def _start_states(optimizer: _SparseOptimizer) -> bool:
     for kind, entries in optimizer._collect(recheck=False).items():
         for entry in entries:
             state = optimizer._state(entry, kind, on_device=kind.device.type != "cpu")
-            for x in state.values():
+            if kind.device.type == "cpu":
+                continue
+            written = [] if entry.masked is None else [entry.masked.weight]
+            for x in (*state.values(), *written):
                 if isinstance(x, Tensor):
                     torch._dynamo.mark_static_address(x, guard=True)
-            if entry.masked is not None:
-                torch._dynamo.mark_static_address(entry.masked.weight, guard=True)
     return True
 
 

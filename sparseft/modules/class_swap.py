@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from sparseft.errors import AttachError, BaseMismatchError
 from sparseft.modules.experts import FusedExperts, is_stacked, read_in_forward
+from sparseft.modules.functional import given_weight
 from sparseft.modules.fused import fused_class
 from sparseft.modules.leaves import MaskedParameter, leaf_attribute
 from sparseft.modules.names import STATE_KEY, canonical_name
@@ -221,7 +222,12 @@ def _property(attr: str) -> property:
     def read(self: nn.Module) -> Tensor | None:
         weight = self._parameters[attr]
         masked = self.__dict__[STATE_KEY][attr]
-        if weight is None or not (torch.is_grad_enabled() and masked.leaf.requires_grad):
+        if weight is None:
+            return None
+        given = given_weight(weight, masked)
+        if given is not None:
+            return given
+        if not (torch.is_grad_enabled() and masked.leaf.requires_grad):
             return weight
         compiling = torch.compiler.is_compiling()
         if not compiling:
@@ -311,6 +317,7 @@ def mask_attribute(module: nn.Module, attr: str, masked: MaskedParameter, *, own
     stock = _stock_class(type(module)) if before else type(module)
     if owner:
         module.register_parameter(leaf_attribute(attr), masked.leaf)
+        masked.home = module, leaf_attribute(attr)
     module.__dict__[STATE_KEY] = {**before, attr: masked}
     try:
         module.__class__ = _class_for(module, stock, masked_attributes(module))

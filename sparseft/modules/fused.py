@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from sparseft.modules.functional import given_weight
 from sparseft.modules.names import STATE_KEY
 from sparseft.modules.taps import conv1d_at_mask, embedding_at_mask, linear_at_mask
 
@@ -25,8 +26,8 @@ __all__ = ["fused_class"]
 def _training_mask(module: nn.Module) -> tuple[Tensor, MaskedParameter] | None:
     """Return ``module.weight`` and the mask on it if this call can train it."""
     weight, masked = module._parameters["weight"], module.__dict__[STATE_KEY].get("weight")
-    if masked is None or weight is None:
-        return None
+    if masked is None or weight is None or given_weight(weight, masked) is not None:
+        return None  # the stock layer reads its weight, which then is the given one
     return (weight, masked) if torch.is_grad_enabled() and masked.leaf.requires_grad else None
 
 

@@ -72,6 +72,7 @@ class MaskedParameter:
         holder: its place on the weight's storage stack; keeps indices and base.
         wide: dtype of the leaf, whatever becomes of the weight's.
         placement: of its attachment; None for a copy of the module alone.
+        home: the module that has the leaf among its parameters, and under which name.
     """
 
     def __init__(
@@ -91,6 +92,7 @@ class MaskedParameter:
         self.backend = backend
         self.compact = compact
         self.reported = False
+        self.home: tuple[nn.Module, str] | None = None
         self.placement: Placement | None = None
         self._handed_out: tuple[Tensor, int] | None = None
         self._data_was_set = False

@@ -26,29 +26,57 @@ class _FirstOrderOnly(torch.autograd.Function):
     """Identity on gradients made under ``create_graph=True``; differentiating them is an error."""
 
     @staticmethod
-    def forward(ctx: Any, name: str, _reached: Tensor, *grads: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, name: str, origins: int, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.name = name
-        return grads
+        return tensors[origins:]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         raise AttachError(
             f"double backward through the masked parameter {ctx.name!r}: the gradient at a mask "
-            "has no second derivative here. Detach the masks for gradient penalties and the like, "
-            "or compute the penalty without create_graph."
+            "has no second derivative here. Use torch.func (grad, hessian, jvp, ...), which works "
+            "with masks at the price of dense gradients, detach the masks for gradient penalties "
+            "and the like, or compute the penalty without create_graph."
         )
 
 
-def _first_order(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Return ``grads``, guarded against a second differentiation where one could follow."""
+def _first_order(
+    ctx: Any, origins: tuple[Tensor, ...], *grads: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """Return ``grads``, guarded against a second differentiation where one could follow.
+
+    Args:
+        ctx: of the Function.
+        origins: what the gradients depend on, besides the leaf: whoever differentiates them with
+            respect to any of it, and to nothing else, has to arrive at the guard, too.
+        grads: the gradients.
+    """
     if not torch.is_grad_enabled():
         return grads
     # The results depend on the leaf, through the weight, even where grad_output is a constant; a
     # tensor that requires grad makes a second backward always arrive at the guard.
     reached = torch.zeros((), requires_grad=True)
+    origins = (reached, *origins, *(() if ctx.leaf is None else (ctx.leaf,)))
     present = [g.detach() for g in grads if g is not None]
-    guarded = iter(_FirstOrderOnly.apply(ctx.name, reached, *present))
+    guarded = iter(_FirstOrderOnly.apply(ctx.name, len(origins), *origins, *present))
     return tuple(None if g is None else next(guarded) for g in grads)
+
+
+def _kept(leaf: Tensor) -> Tensor | None:
+    """Return what the context keeps of the leaf: compiled graphs have no second backward."""
+    return None if torch.compiler.is_compiling() else leaf
+
+
+def _refuse_batched(name: str, grad_output: Tensor) -> None:
+    """Raise AttachError for a batch of gradients: a kernel takes one."""
+    if torch.compiler.is_compiling():
+        return
+    if torch._C._functorch.is_legacy_batchedtensor(grad_output):
+        raise AttachError(
+            f"a batch of gradients reached the masked parameter {name!r} (is_grads_batched=True, "
+            "or vectorize=True in torch.autograd.functional), which takes one at a time. Use "
+            "torch.func.vjp or jacrev, which work with masks, drop the option, or detach()."
+        )
 
 
 class _LinearAtMask(torch.autograd.Function):
@@ -68,7 +96,7 @@ class _LinearAtMask(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight, indices)
         ctx.transposed, ctx.name, ctx.backend = transposed, name, backend
-        ctx.leaf_dtype, ctx.tokens = leaf.dtype, x.shape[0]
+        ctx.leaf_dtype, ctx.tokens, ctx.leaf = leaf.dtype, x.shape[0], _kept(leaf)
         ctx.bias_dtype = None if bias is None else bias.dtype
         if not transposed:
             return F.linear(x, weight, bias)
@@ -76,8 +104,10 @@ class _LinearAtMask(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Any:
+        _refuse_batched(ctx.name, grad_output)
         x, weight, indices = ctx.saved_tensors
         need_x, _, need_bias, need_leaf = ctx.needs_input_grad[:4]
+        origins = grad_output, x
         dx = db = dleaf = None
         with torch.no_grad():
             if need_bias:
@@ -94,7 +124,7 @@ class _LinearAtMask(torch.autograd.Function):
                 dleaf = weight_grad_at(grad_output, x, indices, ctx.transposed, ctx.backend).to(
                     ctx.leaf_dtype
                 )
-        dx, db, dleaf = _first_order(ctx, dx, db, dleaf)
+        dx, db, dleaf = _first_order(ctx, origins, dx, db, dleaf)
         return dx, None, db, dleaf, None, None, None, None
 
 
@@ -116,11 +146,12 @@ class _EmbeddingAtMask(torch.autograd.Function):
         ctx.save_for_backward(ids, indices)
         ctx.vocab, ctx.padding_idx = weight.shape[0], padding_idx
         ctx.scale_grad_by_freq, ctx.name, ctx.backend = scale_grad_by_freq, name, backend
-        ctx.leaf_dtype = leaf.dtype
+        ctx.leaf_dtype, ctx.leaf = leaf.dtype, _kept(leaf)
         return F.embedding(ids, weight)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Any:
+        _refuse_batched(ctx.name, grad_output)
         ids, indices = ctx.saved_tensors
         dleaf = None
         if ctx.needs_input_grad[2]:
@@ -134,7 +165,7 @@ class _EmbeddingAtMask(torch.autograd.Function):
                     ctx.scale_grad_by_freq,
                     ctx.backend,
                 ).to(ctx.leaf_dtype)
-        (dleaf,) = _first_order(ctx, dleaf)
+        (dleaf,) = _first_order(ctx, (grad_output,), dleaf)
         return None, None, dleaf, None, None, None, None, None
 
 
@@ -147,16 +178,18 @@ class _AliasAtMask(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(indices)
         ctx.name, ctx.backend, ctx.leaf_dtype = name, backend, leaf.dtype
+        ctx.leaf = _kept(leaf)
         # Shares storage and version counter: a step between forward and backward is still noticed.
         return weight.detach()
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Any:
+        _refuse_batched(ctx.name, grad_output)
         (indices,) = ctx.saved_tensors
         with torch.no_grad():
             dense = grad_output.to_dense() if grad_output.is_sparse else grad_output
             picked = gather_entries(dense, indices, backend=ctx.backend or None)
-        (dleaf,) = _first_order(ctx, picked.to(ctx.leaf_dtype))
+        (dleaf,) = _first_order(ctx, (grad_output,), picked.to(ctx.leaf_dtype))
         return None, dleaf, None, None, None
 
 
