@@ -28,6 +28,8 @@ from sparseft.modules.leaves import MaskedParameter
 from sparseft.modules.taps import (
     _autocast_input,
     _first_order,
+    _kept,
+    _refuse_batched,
     alias_at_mask,
     conv1d_at_mask,
     linear_at_mask,
@@ -154,11 +156,12 @@ class _ExpertsAtMask(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight, whose)
         ctx.how, ctx.transposed, ctx.masked, ctx.name = how, transposed, masked, masked.name
-        ctx.leaf_dtype, ctx.entries = leaf.dtype, _entries_of(masked)
+        ctx.leaf_dtype, ctx.leaf, ctx.entries = leaf.dtype, _kept(leaf), _entries_of(masked)
         return _product(x, weight, whose, gathered, how, transposed)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Any:
+        _refuse_batched(ctx.name, grad_output)
         x, weight, whose = ctx.saved_tensors
         dx = dleaf = None
         with torch.no_grad():
@@ -168,7 +171,7 @@ class _ExpertsAtMask(torch.autograd.Function):
             if ctx.needs_input_grad[2]:
                 rows = _rows_by_expert(ctx.how, whose, x, len(ctx.entries.counts))
                 dleaf = _gradient(ctx, grad_output, x, rows).to(ctx.leaf_dtype)
-        dx, dleaf = _first_order(ctx, dx, dleaf)
+        dx, dleaf = _first_order(ctx, (grad_output, x), dx, dleaf)
         return dx, None, dleaf, None, None, None, None, None
 
 
@@ -306,7 +309,7 @@ class FusedExperts(nn.Module):
         if (
             torch.compiler.is_compiling()
             or not torch.is_grad_enabled()
-            or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
+            or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
         ):
             return super().forward(*args, **kwargs)
         outer = self.__dict__.get(_READS)

@@ -9,11 +9,14 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+STACKED = int(version("transformers").split(".")[0]) >= 5
 
 LABELS = 48  # words that occur, and classes
 EXPERTS = 4
@@ -37,14 +40,12 @@ class Architecture:
         build: width -> model, drawn from torch's generator.
         inputs: generator -> keyword arguments of the model.
         tiers: glob over names of matrices and larger tensors -> tier; vectors are generic.
-        config: transformers' configuration class, which has to exist for the family to run.
         wide: the width for the check of memory; 0: next to nothing of it is fused.
     """
 
     build: Callable[[int], nn.Module]
     inputs: Callable[[torch.Generator], dict[str, Tensor]]
     tiers: dict[str, str] = field(default_factory=dict)
-    config: str | None = None
     wide: int = 256
 
     def tier(self, name: str, weight: Tensor) -> str | None:
@@ -53,12 +54,6 @@ class Architecture:
             return GENERIC
         found = {t for glob, t in self.tiers.items() if fnmatch.fnmatchcase(name, glob)}
         return found.pop() if len(found) == 1 else None
-
-    def exists(self) -> bool:
-        """Whether the installed transformers has it."""
-        import transformers
-
-        return self.config is None or hasattr(transformers, self.config)
 
 
 def logits_of(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
@@ -351,7 +346,12 @@ _T5 = {
     "*.wi_?.weight": LINEAR,
     "*.relative_attention_bias.weight": EMBEDDING,
 }
-_STACKED = {"*.gate_up_proj": EXPERT, "*.down_proj": EXPERT}
+# transformers 4 has modules for the experts and the router of most mixtures.
+_EXPERTS = (
+    {"*.gate_up_proj": EXPERT, "*.down_proj": EXPERT, "*.mlp.gate.weight": GENERIC}
+    if STACKED
+    else {"*.experts.*.w?.weight": LINEAR, "*.gate.weight": LINEAR}
+)
 _TRANSLATOR = {
     "embed.weight": EMBEDDING,
     "head.weight": LINEAR,
@@ -404,12 +404,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     "llama": Architecture(llama, padded, _DECODER),
     "qwen2": Architecture(qwen2, words, _TIED_DECODER),
     "qwen3": Architecture(qwen3, words, _TIED_DECODER),
-    "qwen3_moe": Architecture(
-        qwen3_moe, words, {**_DECODER, **_STACKED, "*.mlp.gate.weight": GENERIC}
-    ),
-    "mixtral": Architecture(
-        mixtral, words, {**_DECODER, **_STACKED, "*.mlp.gate.weight": GENERIC}, "MixtralConfig"
-    ),
+    "qwen3_moe": Architecture(qwen3_moe, words, {**_DECODER, **_EXPERTS}),
+    "mixtral": Architecture(mixtral, words, {**_DECODER, **_EXPERTS}),
     "vit": Architecture(
         vit,
         pixels,
@@ -436,5 +432,47 @@ ARCHITECTURES: dict[str, Architecture] = {
             "up.weight": GENERIC,
         },
         wide=0,
+    ),
+}
+
+# More of the same kinds, for the slow lane.
+MORE: dict[str, Architecture] = {
+    "qwen3_moe_eager": Architecture(
+        lambda w: qwen3_moe(w, "eager"),
+        words,
+        {
+            **_DECODER,
+            **_EXPERTS,
+            **(dict.fromkeys(("*.gate_up_proj", "*.down_proj"), LINEAR) if STACKED else {}),
+        },
+    ),
+    # Gathers a matrix for each row: more than any gradient.
+    "qwen3_moe_batched": Architecture(
+        lambda w: qwen3_moe(w, "batched_mm"), words, {**_DECODER, **_EXPERTS}, wide=0
+    ),
+    "granite_moe": Architecture(
+        granite_moe,
+        words,
+        {
+            **_TIED_DECODER,
+            "*.gate_up_proj": EXPERT,
+            "*.down_proj": EXPERT,
+            "*_linear.weight": LINEAR,  # of transformers 4: a stack, expert by expert
+            "*.router.*.weight": LINEAR,
+            "*.router.weight": GENERIC,
+        },
+    ),
+    "gpt_oss": Architecture(
+        gpt_oss,
+        words,
+        {
+            "model.embed_tokens.weight": EMBEDDING,
+            "lm_head.weight": LINEAR,
+            "*.[qkvo]_proj.weight": LINEAR,
+            "*.gate_up_proj": EXPERT if STACKED else CONV1D,
+            "*.down_proj": EXPERT if STACKED else CONV1D,
+            "*_bias": GENERIC,
+            "*.router.weight": GENERIC,
+        },
     ),
 }
