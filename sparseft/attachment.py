@@ -41,6 +41,7 @@ from sparseft.modules.placement import Misplaced, Placement
 from sparseft.modules.refusals import check_masks, check_ties
 from sparseft.modules.regroup import regroup_
 from sparseft.modules.repattern import repattern_, resolve_changes
+from sparseft.modules.resizing import guard_resizing, unguard_resizing
 from sparseft.modules.riders import listen, unlisten
 from sparseft.modules.running_stats import RunningStatistics
 from sparseft.modules.storage_stack import parents_of
@@ -205,6 +206,7 @@ class Attachment:
             self._hooks = hook_input_embeddings(model, input_grads)
             start_compact_state_dict(model)
             listen(model)
+            guard_resizing(model)
         except BaseException:
             self.detach(restore=True)
             raise
@@ -466,6 +468,7 @@ class Attachment:
             del self.model.__dict__[ATTACHMENTS]
             stop_compact_state_dict(self.model)
             unlisten(self.model)
+            unguard_resizing(self.model)
 
     def __enter__(self) -> Attachment:
         return self

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from sparseft.errors import AttachError
 from sparseft.modules.leaves import MaskedParameter
-from sparseft.modules.placement import DETACHED, Placement, placements
+from sparseft.modules.placement import DETACHED, placements
 
 __all__ = [
     "ScalerWatch",
@@ -114,26 +114,31 @@ def note_without_leaves(optimizer: Optimizer) -> None:
 
 def check_places(optimizer: Optimizer, leaves: Iterable[MaskedParameter]) -> None:
     """Raise AttachError where a weight, a leaf or its state is not where the step needs it."""
-    placements: dict[int, Placement] = {}
-    for masked in leaves:
-        if masked.placement is not None:
-            placements[id(masked.placement)] = masked.placement
-        leaf = masked.leaf
-        state = optimizer.state.get(leaf)
-        if not state:
+    leaves = list(leaves)
+    found = {id(masked.placement): masked.placement for masked in leaves}
+    for placement in found.values():
+        if placement is None:  # a module that was copied alone
             continue
-        for key, value in state.items():
-            # One number (a step count) may stay on the CPU.
-            if isinstance(value, Tensor) and value.device != leaf.device and value.numel() > 1:
-                raise AttachError(
-                    f"the {type(optimizer).__name__}'s {key!r} of {masked.name!r} is on "
-                    f"{value.device}, its leaf on {leaf.device}: the model moved after the "
-                    "optimizer had state. Move the model before its first step, or hand the state "
-                    "over anew: optimizer.load_state_dict(optimizer.state_dict())."
-                )
-    for placement in placements.values():
         placement.check()
         placement.stepped = True
+        if optimizer not in placement.settled:
+            for masked in leaves:
+                if masked.placement is placement:
+                    _check_state_device(optimizer, masked)
+            placement.settled.add(optimizer)
+
+
+def _check_state_device(optimizer: Optimizer, masked: MaskedParameter) -> None:
+    leaf = masked.leaf
+    for key, value in optimizer.state.get(leaf, {}).items():
+        # One number (a step count) may stay on the CPU.
+        if isinstance(value, Tensor) and value.device != leaf.device and value.numel() > 1:
+            raise AttachError(
+                f"the {type(optimizer).__name__}'s {key!r} of {masked.name!r} is on {value.device},"
+                f" its leaf on {leaf.device}: the model moved after the optimizer had state. Move "
+                "the model before the first step, or bring the state along: "
+                "optimizer.load_state_dict(optimizer.state_dict())."
+            )
 
 
 def report_idle(optimizer: Optimizer, leaves: Sequence[MaskedParameter]) -> None:

@@ -20,7 +20,6 @@ from sparseft.fingerprint import Fingerprint, fingerprint_tensor
 from sparseft.modules.class_swap import MaskedModule
 from sparseft.modules.full_params import FullParameter
 from sparseft.modules.leaves import MaskedParameter
-from sparseft.modules.names import STATE_KEY
 from sparseft.modules.storage_stack import bottom_value
 from sparseft.ops import gather_entries
 
@@ -30,7 +29,15 @@ __all__ = ["DETACHED", "Misplaced", "Placement", "placements"]
 DETACHED = "_sparseft_detached"
 
 Owners = Sequence[tuple[nn.Module, str]]
-_NO_MASKS: dict[str, MaskedParameter] = {}
+# Mask, parameter, leaf, addresses of both (None: stand-ins), modules that hold it with their class;
+# no mask for what is trained densely.
+_Known = tuple[
+    MaskedParameter | None,
+    nn.Parameter,
+    nn.Parameter,
+    tuple[int, int] | None,
+    list[tuple[nn.Module, str, type]],
+]
 _alive: weakref.WeakSet[Placement] = weakref.WeakSet()
 
 
@@ -72,6 +79,11 @@ class Placement:
         masked: name -> masked parameter.
         full: parameters that are trained densely.
         owners: name of either -> every (module, attribute) that holds it.
+
+    Attributes:
+        stepped: whether an optimizer has stepped one of the leaves.
+        settled: optimizers whose state was looked at since something moved.
+        warned: what was said already.
     """
 
     def __init__(
@@ -82,14 +94,17 @@ class Placement:
         owners: Mapping[str, Owners],
     ) -> None:
         self._model, self._masked, self._full, self._owners = model, masked, full, owners
-        self.stepped = False  # whether an optimizer has stepped one of the leaves
+        self.stepped = False
         self.warned: set[str] = set()
         self._start()
+        self._remember()
 
     def _start(self) -> None:
-        # Taken at the first check: a deep copy is not put together yet.
+        # A deep copy is not put together yet, and remembers at its first check.
         self._addresses: dict[str, int] = {}
-        self._links: list[tuple[nn.Module, str, nn.Module]] | None = None
+        self._known: list[_Known] | None = None
+        self._links: list[tuple[nn.Module, str, nn.Module]] = []
+        self.settled: weakref.WeakSet[Any] = weakref.WeakSet()
         for masked in self._masked.values():
             masked.placement = self
         if self._masked:
@@ -108,7 +123,8 @@ class Placement:
         return len(self._masked)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_addresses", "_links")}
+        mine = ("_addresses", "_known", "_links", "settled")
+        return {k: v for k, v in self.__dict__.items() if k not in mine}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -120,7 +136,7 @@ class Placement:
 
     def check(self) -> None:
         """Raise AttachError unless each weight is where its mask was attached."""
-        if self._links is None or not self._intact():
+        if not self._intact():
             wrong = self.misplaced()
             if wrong:
                 raise AttachError(self.describe(wrong))
@@ -137,28 +153,36 @@ class Placement:
         )
 
     def _intact(self) -> bool:
+        """Whether nothing is other than when `misplaced` found nothing; in each step, so short."""
+        if self._known is None:
+            return False
+        for masked, parameter, leaf, addresses, holders in self._known:
+            for module, attr, kind in holders:
+                own = module.__dict__
+                if own["_parameters"].get(attr) is not parameter or module.__class__ is not kind:
+                    return False
+            if masked is None:
+                continue
+            if addresses is not None and addresses != (parameter.data_ptr(), leaf.data_ptr()):
+                return False
+            if masked.data_was_set():
+                return False
+        return all(parent._modules.get(name) is child for parent, name, child in self._links)
+
+    def _remember(self) -> None:
+        known: list[_Known] = []
+        self._addresses = {}
         for name, masked in self._masked.items():
             weight, leaf = masked.weight, masked.leaf
-            for module, attr in self._owners[name]:
-                own = module.__dict__
-                if (
-                    own["_parameters"].get(attr) is not weight
-                    or own.get(STATE_KEY, _NO_MASKS).get(attr) is not masked
-                    or not isinstance(module, MaskedModule)
-                ):
-                    return False
-            if (
-                _address(weight) != self._addresses.get(name)
-                or leaf.dtype is not masked.wide
-                or leaf.device != weight.device
-                or masked.data_was_set()
-            ):
-                return False
+            self._addresses[name] = _address(weight)
+            addresses = (weight.data_ptr(), leaf.data_ptr()) if _address(weight) else None
+            holders = [(m, attr, type(m)) for m, attr in self._owners[name]]
+            known.append((masked, weight, leaf, addresses, holders))
         for f in self._full:
-            for module, attr in self._owners[f.name]:
-                if module._parameters.get(attr) is not f.parameter:
-                    return False
-        return all(parent._modules.get(name) is child for parent, name, child in self._links or ())
+            holders = [(m, attr, type(m)) for m, attr in self._owners[f.name]]
+            known.append((None, f.parameter, f.parameter, None, holders))
+        self._known, self._links = known, list(self._ways())
+        self.settled.clear()
 
     def misplaced(self) -> dict[str, Misplaced]:
         """Return what is wrong, by name; nothing if all has its place, which is then remembered."""
@@ -167,23 +191,17 @@ class Placement:
         for name, masked in self._masked.items():
             found = _moved_away(masked.weight, self._owners[name], reachable)
             found = found or _unread(masked, self._owners[name])
-            known = self._addresses.get(name)
-            if known is None:
-                self._addresses[name] = _address(masked.weight)
-            memory = _memory(masked, known)
-            if memory is None:
-                self._addresses[name] = _address(masked.weight)
-            found = memory or found
+            found = _memory(masked, self._addresses.get(name)) or found
             if found:
                 wrong[name] = found
         for f in self._full:
             if found := _moved_away(f.parameter, self._owners[f.name], reachable):
                 wrong[f.name] = found
         if not wrong:
-            self._links = list(self._ways(reachable))
+            self._remember()
         return wrong
 
-    def _ways(self, reachable: set[int]) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+    def _ways(self) -> Iterator[tuple[nn.Module, str, nn.Module]]:
         """Yield each (parent, name, child) on one way from the model to each owner, once."""
         above: dict[int, tuple[nn.Module, str, nn.Module]] = {}
         for parent in self._model.modules():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -183,6 +184,83 @@ def test_two_parameters_on_one_storage(dtype):
         model["b"].weight = nn.Parameter(flat[:8].view(torch.float16).view(4, 4))
     with pytest.raises(AttachError, match=r"'a.weight'.*'b.weight'.*share memory"):
         attach(model, {"a.weight": full((4, 4))})
+
+
+class TiedByConfig(nn.Module):
+    """As transformers models are: what is tied is declared, and tied by assigning."""
+
+    def __init__(self, listed, tied=True):
+        super().__init__()
+        self.body = nn.Module()
+        self.body.embeddings = nn.Embedding(5, 4)
+        self.head = nn.Linear(4, 5, bias=False)
+        self.config = SimpleNamespace(tie_word_embeddings=tied)
+        if listed and tied:  # transformers 5
+            self.all_tied_weights_keys = {"head.weight": "body.embeddings.weight"}
+
+    def get_input_embeddings(self):
+        return self.body.embeddings
+
+    def get_output_embeddings(self):
+        return self.head
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["alone", "inside"])
+@pytest.mark.parametrize("listed", [False, True], ids=["by_config", "listed"])
+@pytest.mark.parametrize("name", ["head.weight", "body.embeddings.weight"])
+def test_a_declared_tie_of_two_dtypes(name, listed, inside):
+    model = TiedByConfig(listed)
+    model.head.half()  # its own parameter: the tie was never made
+    mask = {f"model.{name}" if inside else name: full((5, 4))}
+    with pytest.raises(
+        AttachError, match=r"head.weight' is torch.float16 and '.*embeddings.weight' is torch.float"
+    ):
+        attach(nn.ModuleDict({"model": model}) if inside else model, mask)
+    assert type(model.head) is nn.Linear
+    model.head.float()
+    model.head.weight = model.body.embeddings.weight
+    model.head.half()  # now it casts both
+    with attach(model, {name: full((5, 4))}) as sparse:
+        assert sparse.names == ["body.embeddings.weight"]
+
+
+@pytest.mark.parametrize("listed", [False, True], ids=["by_config", "listed"])
+def test_two_dtypes_that_nobody_tied(listed):
+    model = TiedByConfig(listed, tied=False)
+    model.head.half()
+    with attach(model, {"head.weight": full((5, 4))}) as sparse:
+        assert sparse.names == ["head.weight"]
+
+
+def test_dense_masks_are_warned_of(caplog):
+    def said(density, dtype):
+        caplog.clear()
+        layer = nn.Linear(100, 40, bias=False).to(dtype)
+        mask = (torch.arange(4000) < density * 4000).view(40, 100)
+        attach(layer, {"weight": mask}).detach()
+        return " ".join(r.getMessage() for r in caplog.records)
+
+    assert said(0.2, torch.float32) == ""
+    message = said(0.25, torch.float32)
+    assert "masks keep 25.0% of the masked tensors (1,000 of 4,000 entries)" in message
+    assert "23.4 KiB here (24 bytes an entry) and 46.9 KiB" in message
+    assert "(12 bytes a weight)" in message
+    assert "sparseft profile" in message
+    message = said(0.25, torch.bfloat16)
+    assert "(22 bytes an entry)" in message
+    assert "(6 bytes a weight)" in message
+
+
+def test_density_is_counted_over_all_masked_tensors(tiny, caplog):
+    masks = {"up.weight": full((24, 8)), "emb.weight": full((23, 8)) & False}
+    masks["emb.weight"][0, 0] = True
+    masks["down.weight"] = full((8, 24)) & (torch.arange(24) < 0)
+    with attach(tiny, masks):
+        assert "masks keep 51.3%" in caplog.text
+    caplog.clear()
+    masks["up.weight"][:, 3:] = False
+    with attach(tiny, masks):
+        assert caplog.text == ""
 
 
 def test_parameters_side_by_side_in_one_buffer_are_fine(kit):
