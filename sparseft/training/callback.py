@@ -114,7 +114,17 @@ class SparseCallback:
         self._undo: list[Callable[[], None]] = []
 
     def add_to(self, trainer: Any) -> SparseCallback:
-        """Add this to a trainer so that its reporters get the figures, too; returns this."""
+        """Add this to a trainer so that its reporters get the figures, too; returns this.
+
+        Raises:
+            TypeError: not a transformers Trainer.
+        """
+        if not hasattr(trainer, "callback_handler"):
+            raise TypeError(
+                f"SparseCallback is for transformers.Trainer, got {type(trainer).__name__}. A "
+                "LoopTrainer takes a sparseft.TrainingMeter(attachment) as a callback; for a loop "
+                "of your own there is sparseft.track."
+            )
         callbacks = trainer.callback_handler.callbacks
         if self not in callbacks:
             trainer.add_callback(self)

@@ -83,6 +83,9 @@ def tokens_in(batch: Any) -> int:
 class TrainingMeter:
     """Reads nnz, norms, trained-state memory, tokens/s and untouched entries of a run.
 
+    In a loop of one's own, call `before_step` and `see`; a `sparseft.training.LoopTrainer` takes it
+    as a callback.
+
     Args:
         attachment: what is trained.
         optimizer: the one (or several) that trains it, for its state's size; None: whichever has
@@ -145,6 +148,10 @@ class TrainingMeter:
             if self.watch_entries:
                 watch_entries(masked).look(masked)
         self._underflow.look()
+
+    def on_pre_optimizer_step(self, **others: Any) -> None:
+        """`sparseft.training.LoopTrainer`'s event of this name: `before_step`."""
+        self.before_step()
 
     def _masks(self) -> list[MaskedParameter]:
         """Return what is looked at: a frozen leaf gets no gradient, by intention."""

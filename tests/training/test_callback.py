@@ -14,6 +14,7 @@ import torch
 
 from sparseft import Adapter, Reselection, SparseCallback, lottery_ticket
 from sparseft.errors import AttachError
+from sparseft.training import LoopTrainer
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -221,6 +222,8 @@ def test_what_it_refuses_and_what_it_leaves_alone(tiny, rows, tmp_path):
     model, sparse, trainer = masked_trainer(tiny, rows, tmp_path, max_steps=2)
     with pytest.raises(AttachError, match=r"got Linear, wanted what sparseft\.attach\(\) returned"):
         SparseCallback(torch.nn.Linear(2, 2))
+    with pytest.raises(TypeError, match="is for transformers.Trainer, got LoopTrainer"):
+        SparseCallback().add_to(LoopTrainer(model, rows, steps=1, output_dir=tmp_path))
     callback = SparseCallback(adapter=None).add_to(trainer)
     assert callback.add_to(trainer) is callback
     kinds = [type(c).__name__ for c in trainer.callback_handler.callbacks]

@@ -12,7 +12,7 @@ from torch import nn
 
 from sparseft import SparseAdamW, TrainingMeter, attach
 from sparseft.errors import AttachError
-from sparseft.training import underflow
+from sparseft.training import LoopTrainer, underflow
 from sparseft.training.meter import tokens_in
 from sparseft.training.trained_state import trained_state
 
@@ -177,6 +177,19 @@ def test_what_it_refuses():
     sparse.detach()
     with pytest.raises(AttachError, match="detached"):
         TrainingMeter(sparse)
+
+
+def test_in_a_loop_trainer(tmp_path):
+    model, sparse = attached()
+    loop = LoopTrainer(
+        model, [IDS] * 8, steps=3, batch_size=2, output_dir=tmp_path, collate=torch.cat,
+        loss_fn=lambda model, batch: model(batch).pow(2).mean(),
+    )  # fmt: skip
+    meter = TrainingMeter(sparse)
+    loop.add_callback(meter)
+    loop.train()
+    assert meter.steps == 3
+    assert meter.read().never_touched == {"embed.weight": 28}
 
 
 def test_not_looking_is_not_knowing():
