@@ -10,8 +10,11 @@ import importlib.util
 from pathlib import Path
 
 import pytest
+import torch
 
 from sparseft import Adapter, SparseCallback
+from sparseft.errors import BaseMismatchError
+from sparseft.training import LoopTrainer
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -134,3 +137,41 @@ def test_a_stock_trainer(kind, own, compact, tiny, tmp_path):
     adapter = Adapter.load(tmp_path / "killed" / "adapter")
     assert adapter.digest == whole["digest"] == Adapter.load(tmp_path / "whole/adapter").digest
     assert loops.restored(run, loops.base_of(tiny, kind))
+
+
+@pytest.mark.parametrize("kind", some("stochastic"))
+def test_the_loop_trainer(kind, tiny, tmp_path):
+    """Its checkpoints hold what trains; after stochastic rounding also what weights it made."""
+
+    def build(folder):
+        run = loops.build(tiny, kind)
+        trainer = LoopTrainer(
+            run.model, loops.rows_of(tiny), output_dir=tmp_path / folder, steps=loops.STEPS,
+            batch_size=loops.BATCH, accumulate=loops.ACCUMULATE, collate=tiny.collate,
+            optimizer=loops.OPTIMIZERS[kind], schedule="cosine", warmup_steps=3, save_every=7,
+            keep_checkpoints=9,
+        )  # fmt: skip
+        return run, trainer
+
+    run, trainer = build("whole")
+    trainer.train()
+    whole = loops.everything(run)
+    again, trainer = build("again")
+    trainer.train(resume_from_checkpoint=next((tmp_path / "whole").glob("*7.pt")))
+    for key in ("weights", "leaves", "rng", "digest"):
+        assert loops.difference(loops.everything(again)[key], whole[key]) is None
+    assert loops.restored(again, loops.base_of(tiny, kind))
+
+
+def test_rounded_entries_of_another_run_are_refused(tiny):
+    run = loops.build(tiny, "stochastic", compact=True)
+    run.model(**tiny.collate([loops.rows_of(tiny)[0]])).loss.backward()
+    run.optimizer.param_groups[0]["lr"] = 1e-2
+    run.optimizer.step()
+    state = run.model.state_dict()
+    key = "bert.pooler.dense.diff_weight_rounded"
+    assert state[key].dtype == torch.bfloat16
+    fresh = loops.build(tiny, "stochastic", compact=True)
+    state[key] = state[key] + 1
+    with pytest.raises(BaseMismatchError, match=r"rounded entries of 'bert\.pooler"):
+        fresh.model.load_state_dict(state, strict=False)
