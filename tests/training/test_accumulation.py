@@ -179,7 +179,7 @@ def test_a_classifier_whose_loss_is_a_mean(tmp_path):
     assert apart(with_split(SPLIT), with_split(1)) < TOLERANCE
 
 
-@pytest.mark.parametrize("kind", ["causal", "classifier"])
+@pytest.mark.parametrize("kind", [pytest.param("causal", marks=pytest.mark.slow), "classifier"])
 def test_a_trainer_scales_as_for_the_stock_model(kind, tmp_path):
     """Whatever it makes of a model's loss: gradients are the dense ones at the mask."""
     run = build(kind)

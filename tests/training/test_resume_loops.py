@@ -30,12 +30,21 @@ def some(*quick):
     return [pytest.param(k, marks=() if k in quick else SLOW) for k in loops.OPTIMIZERS]
 
 
+def both(*quick):
+    """Every optimizer with complete and with compact checkpoints, the same way."""
+    return [
+        pytest.param(kind, compact, id=case, marks=() if case in quick else SLOW)
+        for compact, word in ((False, "complete"), (True, "compact"))
+        for kind in loops.OPTIMIZERS
+        for case in [f"{kind}-{word}"]
+    ]
+
+
 def moved(run):
     return any(not p.equals(run.start[n]) for n, p in run.sparse.patterns.items())
 
 
-@pytest.mark.parametrize("compact", [False, True], ids=["complete", "compact"])
-@pytest.mark.parametrize("kind", some("sparse", "stochastic"))
+@pytest.mark.parametrize(("kind", "compact"), both("sparse-complete", "stochastic-compact"))
 def test_a_plain_loop(kind, compact, tiny, tmp_path):
     def build():
         return loops.build(tiny, kind, compact=compact)
@@ -50,7 +59,10 @@ def test_a_plain_loop(kind, compact, tiny, tmp_path):
     assert loops.restored(run, loops.base_of(tiny, kind))
 
 
-@pytest.mark.parametrize("forgotten", ["rng", "schedule", "optimizer", "model"])
+@pytest.mark.parametrize(
+    "forgotten",
+    ["rng", *(pytest.param(part, marks=SLOW) for part in ("schedule", "optimizer", "model"))],
+)
 def test_each_part_of_a_checkpoint_matters(forgotten, tiny, tmp_path):
     """What the comparison would not notice could be missing in the tests around."""
     file = tmp_path / "checkpoint.pt"
@@ -59,8 +71,7 @@ def test_each_part_of_a_checkpoint_matters(forgotten, tiny, tmp_path):
     assert loops.difference(again["weights"], whole["weights"]) is not None
 
 
-@pytest.mark.parametrize("compact", [False, True], ids=["complete", "compact"])
-@pytest.mark.parametrize("kind", some("fused"))
+@pytest.mark.parametrize(("kind", "compact"), both("fused-compact"))
 def test_an_accelerate_loop(kind, compact, tiny, tmp_path):
     pytest.importorskip("accelerate", reason="accelerate is not installed")
 
@@ -84,19 +95,19 @@ def test_an_accelerate_loop_without_safetensors(tiny, tmp_path):
     assert loops.difference(again, whole) is None
 
 
+@pytest.mark.parametrize("at", [pytest.param(3, marks=SLOW), 7])
 @pytest.mark.parametrize("loop", ["plain", pytest.param("accelerated", marks=SLOW)])
-def test_masks_that_move_between_save_and_resume(loop, tiny, tmp_path):
+def test_masks_that_move_between_save_and_resume(loop, at, tiny, tmp_path):
     """Rounds after 4 and 8 steps: saved at 7, between them, the masks are not those to begin with.
-    Saved at 3, the resumed run makes both."""
+    Saved at 3, in the window of the first, the resumed run makes both."""
     drive, place = getattr(loops, loop), tmp_path / "checkpoint"
-    for at in (3, 7):
-        finished = loops.build(tiny, moving=True)
-        whole = drive(tiny, finished, place, save_at=at)
-        assert finished.moving.rounds == 2
-        assert moved(finished)
-        run = loops.build(tiny, moving=True)
-        assert loops.difference(drive(tiny, run, place, resume=True), whole) is None
-        assert run.moving.rounds == 2
+    finished = loops.build(tiny, moving=True)
+    whole = drive(tiny, finished, place, save_at=at)
+    assert finished.moving.rounds == 2
+    assert moved(finished)
+    run = loops.build(tiny, moving=True)
+    assert loops.difference(drive(tiny, run, place, resume=True), whole) is None
+    assert run.moving.rounds == 2
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ def best_of(state):
 @pytest.mark.parametrize(
     ("kind", "compact", "moving"),
     [
-        pytest.param("sparse", False, False, id="complete"),
+        pytest.param("sparse", False, False, id="complete", marks=SLOW),
         pytest.param("sparse", True, True, id="compact-moving"),
         pytest.param("sparse", False, True, id="complete-moving", marks=SLOW),
         pytest.param("sparse", True, False, id="compact", marks=SLOW),
