@@ -113,7 +113,8 @@ class LoopTrainer:
         schedule, warmup_steps: a name of `SCHEDULES`, or a function (step, steps, warmup) ->
             factor.
         max_grad_norm: clip the global gradient norm to this; 0 turns clipping off.
-        autocast: dtype to run the forward in (bfloat16), None for the model's own.
+        autocast: torch.bfloat16 to run the forward in it, None for the model's own dtype. fp16
+            needs a GradScaler: a loop of one's own, or the Trainer's ``fp16=True``.
         device: where to train; default where the model is.
         save_every: write a checkpoint every so many steps, 0 for none.
         keep_checkpoints: newest checkpoints kept.
@@ -128,6 +129,7 @@ class LoopTrainer:
 
     Raises:
         DataError: empty data set.
+        ValueError: a number out of range; autocast to fp16.
         NonFiniteLossError: NaN or infinite loss or gradient; names the step and the last good
             checkpoint.
 
@@ -186,6 +188,13 @@ class LoopTrainer:
             raise ValueError(
                 f"schedule {schedule!r} is not one of {', '.join(SCHEDULES)}."
                 f"{did_you_mean(schedule, SCHEDULES)}"
+            )
+        if autocast not in (None, torch.bfloat16):
+            raise ValueError(
+                f"autocast={autocast}; it should be torch.bfloat16 or None. This loop has no "
+                "GradScaler, without which small gradients of float16 become zero: use bfloat16, "
+                "transformers.Trainer with fp16=True, or a loop of your own with "
+                "torch.amp.GradScaler."
             )
         if load_best and evaluate is None:
             raise ValueError("load_best needs evaluate: a function from the model to a metric.")

@@ -463,3 +463,40 @@ def test_a_scaler_brings_back_fp16_gradients_that_underflow():
         found[scale] = {name: leaf.detach().clone() for name, leaf in sparse.leaves.items()}
     assert not any(values.any() for values in found[1.0].values())
     assert all(values.any() for values in found[2.0**14].values())
+
+
+# Mixtures.
+
+
+@pytest.mark.parametrize("cast", [BF16, FP16], ids=str)
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+def test_low_precision_weights_under_autocast(dtype, cast):
+    """Also where the two differ: gradients no further from fp64 than the dense ones."""
+    exact = gradients_at_masks(make(torch.float64))
+    sides = {}
+    for side in ("dense", "ours"):
+        model = make(dtype)
+        sparse = sparseft.attach(model, masks_of(model)) if side == "ours" else None
+        with torch.autocast("cpu", cast):
+            loss = loss_of(model, 0) * 2.0**8
+        loss.backward()
+        found = (
+            picked(model) if sparse is None else torch.cat([p.grad for p in sparse.parameters()])
+        )
+        sides[side] = found.float() / 2.0**8
+    assert_as_accurate(sides["ours"], sides["dense"], exact)
+
+
+def test_backward_inside_the_autocast_block_sums_in_fp32_as_well():
+    found = {}
+    for inside in (False, True):
+        sparse = sparseft.attach(model := make(), masks_of(model))
+        with torch.autocast("cpu", BF16):
+            loss = loss_of(model, 0)
+            if inside:
+                loss.backward()
+        if not inside:
+            loss.backward()
+        found[inside] = sparse.leaves["up.weight"].grad
+    assert torch.equal(found[True], found[False])
+    assert not torch.equal(found[True], found[True].to(BF16).float())

@@ -154,3 +154,10 @@ def optimizer_of(kind: str, watched: Watched) -> torch.optim.Optimizer:
 
 def batch_of(tiny, rows, step: int) -> dict[str, Tensor]:
     return tiny.collate([rows[4 * step + i] for i in range(4)])
+
+
+def test_the_plain_loop_refuses_fp16_for_it_has_no_scaler(tiny, rows, tmp_path):
+    with pytest.raises(ValueError, match=r"float16.*torch\.bfloat16 or None.*GradScaler.*Trainer"):
+        sparseft.training.LoopTrainer(
+            Watched(tiny).model, rows, output_dir=tmp_path, steps=1, autocast=torch.float16
+        )
