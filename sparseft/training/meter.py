@@ -199,7 +199,7 @@ class TrainingMeter:
             reading: from `read`.
             last: training has ended: entries without a gradient will stay so.
         """
-        self._underflow.warn(reading.report, steps=self.steps, last=last)
+        self._underflow.warn(reading.report, self.optimizer, steps=self.steps, last=last)
         if last and reading.never_touched and self.steps:
             _warn_never_touched(self.attachment, reading.report, self._looks())
 

@@ -8,6 +8,7 @@ in its own dtype, and in fp16 that may be zero.
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from sparseft.attachment import Attachment
 from sparseft.modules.leaves import MaskedParameter
 from sparseft.modules.mask_report import MaskReports
+from sparseft.modules.transplant import as_optimizers, stepped
 from sparseft.training.warn_once import named, warn_once
 
 __all__ = ["Underflow"]
@@ -58,11 +60,18 @@ class Underflow:
         owners = self.attachment._owners[masked.name]
         return any(isinstance(module, nn.Embedding | nn.EmbeddingBag) for module, _ in owners)
 
-    def warn(self, report: MaskReports, *, steps: int, last: bool) -> None:
-        """Log what the counts since the last call, and a report, give cause for."""
+    def warn(self, report: MaskReports, optimizer: Any, *, steps: int, last: bool) -> None:
+        """Log what the counts since the last call, and a report, give cause for.
+
+        Args:
+            report: as of now.
+            optimizer: the one, or several, that trains; None: those that have stepped the leaves.
+            steps: optimizer steps done.
+            last: training has ended.
+        """
         self._warn_gradients()
         if last or steps >= STEPS:
-            self._warn_diffs(report)
+            self._warn_diffs(report, as_optimizers(optimizer) or stepped())
 
     def _warn_gradients(self) -> None:
         if not self._zeros:
@@ -83,9 +92,15 @@ class Underflow:
                 len(rows), len(counts), named(rows),
             )  # fmt: skip
 
-    def _warn_diffs(self, report: MaskReports) -> None:
+    def _warn_diffs(self, report: MaskReports, optimizers: list[Any]) -> None:
+        leaves = self.attachment.leaves
         low = [row for row in report if row.dtype in ("float16", "bfloat16")]
-        rows = [row for row in low if row.rounded_away > SHARE * row.changed]
+        rows = [
+            row
+            for row in low
+            if row.rounded_away > SHARE * row.changed
+            and not _rounds_either_way(leaves[row.name], optimizers)
+        ]
         if rows:
             warn_once(
                 logger,
@@ -99,3 +114,12 @@ class Underflow:
                 len(rows), len(low), " and ".join(sorted({row.dtype for row in rows})),
                 named((row.name, row.rounded_away, row.changed) for row in rows),
             )  # fmt: skip
+
+
+def _rounds_either_way(leaf: Tensor, optimizers: list[Any]) -> bool:
+    """Whether a leaf's weight is rounded stochastically: right on average, however small."""
+    return any(
+        group.get("stochastic_rounding") and any(p is leaf for p in group["params"])
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+    )

@@ -151,6 +151,16 @@ def test_half_precision_that_drops_diffs_is_logged(caplog, monkeypatch):
             assert "stochastic_rounding=True" in caplog.text
 
 
+def test_stochastic_rounding_is_right_on_average(caplog):
+    model, sparse = attached(torch.bfloat16)
+    optimizer = SparseAdamW(sparse.parameters(), lr=1e-7, stochastic_rounding=True)
+    meter = TrainingMeter(sparse, optimizer)
+    train(model, optimizer, meter)
+    assert meter.read().rounded_away > 0
+    meter.warn(meter.read(), last=True)
+    assert "too small to change" not in caplog.text
+
+
 def test_gradients_of_zero_in_fp16_are_logged(caplog):
     """With the loss scaled they are there; embeddings, whose rows are zero anyway, do not count."""
     for scale, warned in ((1e-9, True), (1.0, False)):
