@@ -155,7 +155,10 @@ class _SparseOptimizer(Optimizer, ABC):
             if compiling:
                 # An input of the graph: as a constant in it, each new value would be compiled.
                 # fp64 keeps the bits of a float.
-                lr = lr if isinstance(lr, Tensor) else torch.ones((), dtype=torch.float64) * lr
+                # (As a product: a scalar argument would be specialised on.)
+                device = next(iter(batches)).device
+                one = torch.ones((), dtype=torch.float64, device=device)
+                lr = lr if isinstance(lr, Tensor) else one * lr
             as_tensor = isinstance(lr, Tensor) and (compiling or lr.device.type != "cpu")
             rates.append(lr if as_tensor else None)
             hyper += (0.0 if as_tensor else float(lr), *self._hyper(group))
@@ -267,6 +270,7 @@ class _SparseOptimizer(Optimizer, ABC):
         p, names = entry.parameter, [_key(name, kind.moment_bits) for name in kind.moments]
         state = self.state[p]
         if "step" not in state or any(state.get(name) is None for name in names):
+            self._check_warm(p)
             self._check_bits(state, kind.moments, kind.moment_bits, entry.number)
             group = self.param_groups[entry.group]
             self._start(state, p, kind, on_device=on_device or group["capturable"])
@@ -284,6 +288,16 @@ class _SparseOptimizer(Optimizer, ABC):
                     "Load a state dict of these parameters, after moving the model."
                 )
         return state
+
+    def _check_warm(self, p: Tensor) -> None:
+        if torch.compiler.is_compiling() or p.device.type != "cuda":
+            return
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"{type(self).__name__}: the first step of a parameter is being captured in a CUDA "
+                "graph, whose replays would set its moments to zero each time. Take a step (or "
+                "load a state) before the capture."
+            )
 
     def _check_bits(
         self, state: dict[str, Any], names: Iterable[str], bits: int, number: int

@@ -7,7 +7,7 @@ import functools
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -20,12 +20,14 @@ from sparseft_kernels._configs import Target
 __all__ = [
     "INTERPRETING",
     "as_bits",
+    "by_kernels",
     "device_guard",
     "empty",
     "launch",
     "on_device",
     "quotient",
     "round_to",
+    "spread",
     "target_of",
     "triton_dtype",
 ]
@@ -104,36 +106,64 @@ def launch(
 _uploads: OrderedDict[Hashable, Tensor] = OrderedDict()
 _KEPT_UPLOADS = 256  # kilobytes each
 _uploads_lock = threading.Lock()
-# A captured graph reads its tables, and the host memory they come from, at every replay.
-_captured: list[tuple[Tensor, Tensor]] = []
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def on_device(key: Hashable, build: Callable[[], Tensor], device: torch.device) -> Tensor:
-    """Return ``build()`` on the device, uploaded once per key and stream, without a sync."""
-    if device.type != "cuda":
-        capturing, stream = False, 0
-    else:
-        stream = torch.cuda.current_stream(device).cuda_stream
-        capturing = torch.cuda.is_current_stream_capturing()
+    """Return ``build()`` on the device, uploaded once per key and stream, without a sync.
+
+    While a CUDA graph is captured it is written there by kernels, at every replay.
+    """
+    if _capturing(device):
+        return by_kernels(build(), device)
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     key = (device, stream, key)
-    if not capturing:
-        with _uploads_lock:
-            found = _uploads.get(key)
-            if found is not None:
-                _uploads.move_to_end(key)
-                return found
+    with _uploads_lock:
+        found = _uploads.get(key)
+        if found is not None:
+            _uploads.move_to_end(key)
+            return found
     host = build()
-    if capturing:
-        # Pageable on purpose: page-locked memory cannot be allocated during every capture.
-        table = host.to(device, non_blocking=True)
-        _captured.append((host, table))
-        return table
     table = host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
     with _uploads_lock:
         _uploads[key] = table
         while len(_uploads) > _KEPT_UPLOADS:
             _uploads.popitem(last=False)
     return table
+
+
+def by_kernels(host: Tensor, device: torch.device) -> Tensor:
+    """Return a small host tensor on the device without copying from host memory.
+
+    A graph under capture may copy from page-locked memory alone, which cannot be allocated under
+    every capture (and torch refuses the rest, as nothing keeps it alive). Here the numbers are
+    arguments of kernels, about a hundred each.
+    """
+    table = torch.zeros(host.shape, dtype=host.dtype, device=device)
+    if host.numel():
+        torch._foreach_add_(list(table.view(-1).unbind()), host.view(-1).tolist())
+    return table
+
+
+def spread(counts: Sequence[tuple[int, int]], device: torch.device) -> Tensor:
+    """Return int32 on the device: each number ``counts[i][1]`` times in a row, in order.
+
+    As long as a launch has blocks, so in a capture it is made on the device.
+    """
+    if not _capturing(device):
+        return on_device(("spread", tuple(counts)), lambda: _spread(counts), device)
+    numbers, times = torch.tensor(counts, dtype=torch.int64).unbind(1)
+    ends = by_kernels(times.cumsum(0), device)
+    block = torch.arange(int(times.sum()), device=device)
+    return by_kernels(numbers, device)[torch.searchsorted(ends, block, right=True)].int()
+
+
+def _spread(counts: Sequence[tuple[int, int]]) -> Tensor:
+    numbers, times = torch.tensor(counts, dtype=torch.int64).unbind(1)
+    return numbers.repeat_interleave(times).int()
 
 
 @triton.jit

@@ -23,7 +23,15 @@ import triton.language as tl
 from torch import Tensor
 
 from sparseft_kernels._configs import OPTIMIZER
-from sparseft_kernels._launch import empty, launch, on_device, quotient, round_to, triton_dtype
+from sparseft_kernels._launch import (
+    empty,
+    launch,
+    on_device,
+    quotient,
+    round_to,
+    spread,
+    triton_dtype,
+)
 
 __all__ = ["HYPER", "QUANTUM", "launch_step"]
 
@@ -451,7 +459,7 @@ def launch_step(
     for kind, members in kinds.items():
         value_dtype, weight_dtype, index_dtype, aligned = kind
         counts = tuple((t, blocks[t]) for t in members)
-        block_tensor = on_device(("blocks", counts), lambda c=counts: _block_tensor(c), device)
+        block_tensor = spread(counts, device)
         launch(
             _step_kernel, used[kind] * OPTIMIZER.block, device, table, block_tensor, rates,
             RULE=rule,
@@ -465,9 +473,3 @@ def launch_step(
             ALIGNED=aligned,
             **OPTIMIZER._asdict(),
         )  # fmt: skip
-
-
-def _block_tensor(counts: Sequence[tuple[int, int]]) -> Tensor:
-    """Return (blocks,) int32: the tensor of each block."""
-    tensors, blocks = torch.tensor(counts, dtype=torch.int64).unbind(1)
-    return tensors.repeat_interleave(blocks).int()
