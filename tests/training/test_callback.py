@@ -15,6 +15,7 @@ import torch
 from sparseft import Adapter, Reselection, SparseCallback, lottery_ticket
 from sparseft.errors import AttachError
 from sparseft.training import LoopTrainer
+from sparseft.training.callback import _checkpoint as checkpoint_of
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -244,6 +245,22 @@ def test_what_it_refuses_and_what_it_leaves_alone(tiny, rows, tmp_path):
     callback.add_to(trainer)
     trainer.train()
     assert callback.attachment is sparse, "the masks of the model that trains now"
+
+
+def test_the_checkpoint_of_a_trial_is_the_newest(tmp_path):
+    """A hyper-parameter search has a folder for each trial."""
+    import os
+
+    args = SimpleNamespace(output_dir=str(tmp_path))
+    for age, name in enumerate(("run-1/checkpoint-4", "run-0/checkpoint-4", "checkpoint-4")):
+        (tmp_path / name).mkdir(parents=True)
+        os.utime(tmp_path / name, (100 - age, 100 - age))
+    for search, step, wanted in (
+        (True, 4, "run-1/checkpoint-4"), (False, 4, "checkpoint-4"), (True, 6, None),
+        (False, 6, None),
+    ):  # fmt: skip
+        state = SimpleNamespace(global_step=step, is_hyper_param_search=search)
+        assert checkpoint_of(args, state) == (wanted and tmp_path / wanted)
 
 
 def test_a_class_derived_from_it_is_a_callback_of_trainer():
