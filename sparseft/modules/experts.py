@@ -34,7 +34,7 @@ from sparseft.modules.taps import (
     conv1d_at_mask,
     linear_at_mask,
 )
-from sparseft.ops.sampled_grad import weight_grad_at
+from sparseft.ops.grouped_grad import grouped_grad_at
 
 __all__ = ["FusedExperts", "StackedWeight", "is_stacked", "read_in_forward"]
 
@@ -169,8 +169,14 @@ class _ExpertsAtMask(torch.autograd.Function):
                 w = weight if ctx.how == "pairs" else weight.to(grad_output.dtype)
                 dx = _product(grad_output, w, whose, None, ctx.how, not ctx.transposed).to(x.dtype)
             if ctx.needs_input_grad[2]:
-                rows = _rows_by_expert(ctx.how, whose, x, len(ctx.entries.counts))
-                dleaf = _gradient(ctx, grad_output, x, rows).to(ctx.leaf_dtype)
+                dleaf = grouped_grad_at(
+                    grad_output.reshape(-1, grad_output.shape[-1]),
+                    x.reshape(-1, x.shape[-1]),
+                    _rows_by_expert(ctx.how, whose, x, len(ctx.entries.counts)),
+                    ctx.entries.local,
+                    ctx.transposed,
+                    ctx.masked.backend or "",
+                ).to(ctx.leaf_dtype)
         dx, dleaf = _first_order(ctx, (grad_output, x), dx, dleaf)
         return dx, None, dleaf, None, None, None, None, None
 
@@ -223,17 +229,6 @@ def _rows_by_expert(how: str, whose: Tensor | None, x: Tensor, experts: int) -> 
         slices.append(slice(start, start + size))
         start += size
     return slices
-
-
-def _gradient(ctx: Any, grad_output: Tensor, x: Tensor, rows: list[Any]) -> Tensor:
-    """Return (nnz,): each expert's gradient at its entries."""
-    dy, x = grad_output.reshape(-1, grad_output.shape[-1]), x.reshape(-1, x.shape[-1])
-    parts = [
-        weight_grad_at(dy[own], x[own], local, ctx.transposed, ctx.masked.backend or "")
-        for own, local in zip(rows, ctx.entries.local, strict=True)
-        if local.numel()
-    ]
-    return torch.cat(parts)
 
 
 class StackedWeight(Tensor):
