@@ -6,6 +6,7 @@ import importlib.util
 import runpy
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -90,10 +91,18 @@ def test_a_model_and_data_of_ones_own(script, run):
     assert fresh >= 0.9
 
 
-def test_a_script_runs_on_its_own(tmp_path):
-    command = [sys.executable, str(HERE / "plain_loop.py"), "--epochs", "1"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    attached, fresh = accuracies(done.stdout)
+def test_a_script_of_its_own_process_killed_at_any_moment(run):
+    """SIGKILL some steps after the first checkpoint, perhaps while another is written."""
+    options = ("--epochs", "6", "--save-every", "3")
+    command = [sys.executable, str(HERE / "plain_loop.py"), *options]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+        while not Path("sparse-run/checkpoint.pt").is_file():
+            assert process.poll() is None, "ended before its first checkpoint"
+            time.sleep(0.005)
+        process.kill()
+    assert process.returncode != 0, "killed, not finished"
+    assert not Path("sparse-run/adapter").exists()
+    attached, fresh = accuracies(run("plain_loop", *options, "--resume"))
     assert attached == fresh
-    assert (tmp_path / "sparse-run" / "adapter" / "adapter.safetensors").is_file()
+    run("plain_loop", *options, "--out", "whole")
+    assert Adapter.load("sparse-run/adapter").digest == Adapter.load("whole/adapter").digest
