@@ -76,7 +76,8 @@ def prepared(device, kind):
 
     def step():
         optimizer.zero_grad()
-        F.cross_entropy(model(ids).flatten(0, 1), ids.flatten()).backward()
+        logits = model(ids)[:, :-1]
+        F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 0.5)
         optimizer.step()
 
