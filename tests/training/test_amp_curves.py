@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import json
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -34,41 +36,70 @@ def study(amp, real_data):
     )
 
 
-def ways_of(amp, *names: str):
-    """These ways, and the dense ones that their limits come from."""
-    chosen = {way.name: way for name in names for way in amp["amp_curves"].chosen(name)}
-    return [way for way in amp["amp_ways"].WAYS if way.name in chosen]
-
-
-def test_ours_is_as_near_to_fp32_as_dense_training_is(amp, study):
-    ways = ways_of(amp, "ours fp32", "ours fp16 autocast", "ours bf16 autocast", "ours bf16 base")
-    rows = {row["name"]: row for row in amp["amp_curves"].curves(study, ways)}
-    over = {
-        (name, check["name"]): (check["got"], check["limit"])
-        for name, row in rows.items()
-        for check in row["checks"]
-        if not check["passed"]
-    }
-    assert not over
-    assert sum(row["ours"] for row in rows.values()) == 4
+@pytest.fixture(scope="module")
+def found(amp, study, tmp_path_factory):
+    """(rows by name, folder): what `run.py amp` wrote of all that is ours."""
+    results = tmp_path_factory.mktemp("results")
+    options = ["--steps", "24", "--only", "ours*", "--name", "some"]
+    with mock.patch.object(amp["amp_curves"], "real_study", return_value=study):
+        assert amp["amp_curves"].main(options, results=results) == 0
+    folder = results / "scratch"  # fewer steps, not every way: nothing to commit
+    rows = json.loads((folder / "some.json").read_text())["curves"]
+    return {row["name"]: row for row in rows}, folder
 
 
 def failed(row) -> set[str]:
     return {check["name"] for check in row["checks"] if not check["passed"]}
 
 
-def test_a_diff_in_bf16_and_another_mask_are_caught(amp, study):
-    ways = ways_of(amp, "ours*diff kept in bf16", "ours*another mask")
-    rows = {row["name"]: row for row in amp["amp_curves"].curves(study, ways)}
-    spoilt = {name: row for name, row in rows.items() if row["spoil"]}
-    assert len(spoilt) == 2
-    assert all(row["good"] for row in spoilt.values())
-    assert "lost" in failed(spoilt["ours bf16 base, diff kept in bf16"])
-    assert failed(spoilt["ours fp32, another mask"]) >= {
-        "diff",
-        "loss",
-        "entries outside the mask that changed",
-    }
+def test_ours_is_as_near_to_fp32_as_dense_training_is(found):
+    rows = [row for row in found[0].values() if row["ours"] and not row["spoil"]]
+    assert len(rows) == 4
+    over = [c for row in rows for c in row["checks"] if not c["passed"]]
+    assert not over
+    assert all(len(row["checks"]) == 7 for row in rows)
+
+
+def test_a_diff_in_bf16_and_another_mask_are_caught(found):
+    rows = found[0]
+    narrow = rows["ours bf16 base, diff kept in bf16"]
+    assert narrow["good"]
+    assert "lost" in failed(narrow)
+    astray = rows["ours fp32, another mask"]
+    assert astray["good"]
+    assert failed(astray) >= {"diff", "loss", "entries outside the mask that changed"}
+
+
+def test_a_stray_entry_is_seen(amp, study, tmp_path, monkeypatch):
+    """One stray entry of one weight: the gate is not decoration."""
+    ways = amp["amp_ways"]
+    after_step = ways._Attached.after_step
+
+    def stray(side):
+        after_step(side)
+        name = "roberta.encoder.layer.0.output.dense.weight"
+        frozen = (~study.masks[name]).view(-1).nonzero()[0]
+        side.attachment.model.get_parameter(name).data.view(-1)[frozen] += 1e-3
+
+    monkeypatch.setattr(ways._Attached, "after_step", stray)
+    rows = {row["name"]: row for row in amp["amp_curves"].curves(study, ways_of(amp, "ours fp32"))}
+    assert not rows["ours fp32"]["good"]
+    assert "entries outside the mask that changed" in failed(rows["ours fp32"])
+
+
+def ways_of(amp, *names: str):
+    """These ways, and the dense ones that their limits come from."""
+    chosen = {way.name for name in names for way in amp["amp_curves"].chosen(name)}
+    return [way for way in amp["amp_ways"].WAYS if way.name in chosen]
+
+
+def test_the_page_shows_what_the_command_wrote(amp, found):
+    _, folder = found
+    page = importlib.import_module("page").Page(folder, draw=True)
+    text = page.fill("{{precisions some.json}}\n{{plot some.json losses}}")
+    assert (folder / "some.md").read_text().strip() in text
+    assert "some_losses.png" in text
+    assert (folder / "some_losses.png").stat().st_size > 10_000
 
 
 @pytest.mark.slow
