@@ -12,7 +12,7 @@ import logging
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -22,6 +22,11 @@ from sparseft.training.meter import Reading, TrainingMeter
 from sparseft.training.saved_entries import begin_watching, saved_entries
 from sparseft.training.token_hook import count_tokens
 
+if TYPE_CHECKING:
+    from transformers import TrainerCallback as _Base
+else:
+    _Base = object  # Trainer's class is put in when one is made: importing it takes seconds
+
 __all__ = ["SparseCallback"]
 
 logger = logging.getLogger(__name__)
@@ -29,7 +34,7 @@ logger = logging.getLogger(__name__)
 _PREFIX = "sparse/"
 
 
-class SparseCallback:
+class SparseCallback(_Base):
     """Watches and saves the masks of a model that ``transformers.Trainer`` trains.
 
     ``SparseCallback().add_to(trainer)``, or ``Trainer(callbacks=[SparseCallback()])``: Trainer

@@ -59,12 +59,13 @@ def test_an_adapter_lies_beside_each_complete_checkpoint(tiny, rows, tmp_path):
     assert not list(tmp_path.rglob(".*.tmp"))
 
 
-def test_the_last_adapter_is_the_best_models(tiny, rows, tmp_path):
+@pytest.mark.parametrize("compact", [False, True], ids=["complete", "compact"])
+def test_the_last_adapter_is_the_best_models(compact, tiny, rows, tmp_path):
     """load_best_model_at_end, early stopping and a limit of one go on working."""
     _, sparse, trainer = masked_trainer(
         tiny, rows, tmp_path, eval_strategy="steps", eval_steps=2, load_best_model_at_end=True,
         metric_for_best_model="loss", greater_is_better=True, save_total_limit=1, max_steps=20,
-        callbacks=[transformers.EarlyStoppingCallback(2), SparseCallback()],
+        callbacks=[transformers.EarlyStoppingCallback(2), SparseCallback(compact=compact)],
     )  # fmt: skip
     trainer.train()
     assert trainer.state.global_step < 20, "stopped early"

@@ -211,6 +211,25 @@ def test_not_looking_is_not_knowing():
     assert math.isfinite(meter.read().diff_norm)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_step_reads_no_value(dtype, monkeypatch):
+    """Whatever a step did read would make a GPU's queue run dry."""
+    model, sparse = attached(dtype)
+    optimizer = torch.optim.SGD(sparse.parameters(), lr=0.1)
+    meter = TrainingMeter(sparse, optimizer)
+    for _ in range(2):
+        model(IDS).pow(2).sum().backward()
+        with monkeypatch.context() as patched:
+            for read in ("item", "tolist", "nonzero", "cpu", "__bool__", "__int__", "__float__"):
+                patched.setattr(torch.Tensor, read, None)
+            meter.see(IDS)
+            meter.before_step()
+            assert meter.trained_state_bytes > 0
+        optimizer.step()
+        optimizer.zero_grad()
+    assert meter.read().never_touched == {"embed.weight": 28}
+
+
 @pytest.mark.gpu
 def test_a_step_does_not_wait_for_the_device():
     model, sparse = attached(torch.float16)
