@@ -100,13 +100,15 @@ def test_a_checkpoint_resumes_bit_for_bit(strict, ids, kit):
     assert all(torch.equal(t, base[n]) for n, t in kit.snapshot(fresh).items())
 
 
-@pytest.mark.parametrize("kept", ["both", "emb.weight", "head.weight"])
+@pytest.mark.parametrize("kept", ["both", "emb.weight", "head.weight", "neither"])
 def test_stochastically_rounded_weights_load_as_saved(kept, ids, kit):
-    """Tied ones under each of their names, or under the one that save_pretrained leaves."""
+    """Tied ones under each of their names, under the one that save_pretrained leaves, and from a
+    compact state dict, where no weight is but the rounded entries are.
+    """
 
     def build():
         model = kit.make().bfloat16()
-        sparse = attach(model, kit.masks(model))
+        sparse = attach(model, kit.masks(model), compact_state_dict=kept == "neither")
         return model, sparse, SparseAdamW(sparse.parameters(), lr=1e-2, stochastic_rounding=True)
 
     def train(model, optimizer):
@@ -119,7 +121,8 @@ def test_stochastically_rounded_weights_load_as_saved(kept, ids, kit):
     train(model, optimizer)
     assert not kit.agrees(sparse)
     state = copy.deepcopy(model.state_dict())
-    if kept != "both":
+    assert any(key.endswith("_rounded") for key in state) == (kept == "neither")
+    if kept in ("emb.weight", "head.weight"):
         del state[{"emb.weight": "head.weight", "head.weight": "emb.weight"}[kept]]
     fresh, again, second = build()
     fresh.load_state_dict(state, strict=kept == "both")

@@ -113,6 +113,7 @@ def test_masks_that_move_between_save_and_resume(loop, at, tiny, tmp_path):
 @pytest.mark.parametrize(
     ("kind", "own", "compact"),
     [
+        pytest.param("fused", "bf16", False, id="stock-bf16-complete", marks=SLOW),
         pytest.param("fused", True, False, id="stock-complete"),
         pytest.param("moments_8", False, True, id="moments_8-compact"),
         pytest.param("sparse", False, False, id="sparse-complete", marks=SLOW),
@@ -128,7 +129,8 @@ def test_a_stock_trainer(kind, own, compact, tiny, tmp_path):
 
     def build(folder, **options):
         run = loops.build(tiny, kind)
-        trainer = loops.trainer_of(tiny, run, tmp_path / folder, own=own, **options)
+        options["bf16"] = own == "bf16"
+        trainer = loops.trainer_of(tiny, run, tmp_path / folder, own=bool(own), **options)
         SparseCallback(run.sparse, compact=compact).add_to(trainer)
         return run, trainer
 
