@@ -13,7 +13,7 @@ import pytest
 HERE = Path(__file__).resolve().parents[2] / "benchmarks"
 SMALL = {
     "hidden_size": 16,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "num_attention_heads": 2,
     "intermediate_size": 32,
 }
