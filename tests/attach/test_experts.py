@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import sparseft
 from sparseft import attach
 from sparseft.errors import AttachError
 from sparseft.modules import GradientScores, experts, taps
-from sparseft.profiling.allocations import Allocations
+from sparseft.profiling.allocations import Allocations, peak_of
 
 EXPERTS, ROWS = 4, 12
 
@@ -301,3 +302,39 @@ def test_memory_is_that_of_the_mask(reads):
     matrix = 512 * 512 * 4
     gathered = ROWS * matrix if reads is pairs else 0  # for dX, as in forward
     assert memory.peak < gathered + matrix / 2 if not gathered else memory.peak < 1.1 * gathered
+
+
+def moe(how):
+    transformers = pytest.importorskip("transformers", minversion="5")
+    torch.manual_seed(0)
+    config = transformers.Qwen3MoeConfig(
+        vocab_size=100, hidden_size=128, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=64, moe_intermediate_size=128, num_experts=16,
+        num_experts_per_tok=2,
+    )  # fmt: skip
+    config._experts_implementation = how
+    return transformers.Qwen3MoeForCausalLM(config).train()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("how", "share"), [("eager", 0.3), ("grouped_mm", 0.3), ("batched_mm", 0.6)]
+)
+def test_a_step_needs_a_share_of_the_memory_of_dense_training(how, share):
+    """(A batched one gathers a matrix for each row, whoever trains.)"""
+
+    def peak(model, parameters):
+        optimizer = torch.optim.AdamW(parameters, lr=1e-3)
+        ids = torch.randint(0, 100, (2, 8))
+
+        def step():
+            model(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        step()
+        return peak_of(step)
+
+    stock, model = moe(how), moe(how)
+    sparse = attach(model, sparseft.select(model, "random", density=0.01))
+    assert peak(model, sparse.parameters()) < share * peak(stock, stock.parameters())
