@@ -14,7 +14,7 @@ from torch import nn
 from sparseft._text import did_you_mean
 from sparseft.errors import UnknownNameError
 
-__all__ = ["STATE_KEY", "ParameterIndex", "canonical_name", "match_patterns"]
+__all__ = ["STATE_KEY", "ParameterIndex", "canonical_name", "end_embeddings", "match_patterns"]
 
 # Where a module with masked parameters keeps them: `module.__dict__[STATE_KEY]`, attribute name ->
 # `MaskedParameter`. Their compact leaves are no parameters of the model one could mask or compose.
@@ -60,6 +60,19 @@ def match_patterns(patterns: str | Iterable[str], names: Sequence[str]) -> list[
             raise UnknownNameError(f"pattern {pattern!r} matches none of {len(names)} names.{hint}")
         chosen.update(found)
     return [name for name in names if name in chosen]
+
+
+def end_embeddings(model: nn.Module) -> list[nn.Module]:
+    """Return the input and output embeddings that a transformers model names, those there are."""
+    found = []
+    for end in ("get_input_embeddings", "get_output_embeddings"):
+        try:
+            module = getattr(model, end, lambda: None)()
+        except (NotImplementedError, AttributeError):  # what models without them do
+            continue
+        if isinstance(module, nn.Module):
+            found.append(module)
+    return found
 
 
 def _entries(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:

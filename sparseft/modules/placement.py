@@ -282,6 +282,8 @@ def _memory(masked: MaskedParameter, known: int | None) -> Misplaced | None:
         )
     if known is None or _address(weight) == known or weight.is_meta:
         return None
+    if weight.is_cuda and torch.cuda.is_current_stream_capturing():
+        return None  # nothing can be read here; what is captured has been stepped before
     if not weight.is_floating_point():
         return Misplaced(f"its .data is {_describe(weight)}, wanted floating values", True)
     found = gather_entries(weight.detach(), masked.indices.to(weight.device))

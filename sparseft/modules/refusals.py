@@ -13,7 +13,7 @@ from sparseft.adapter import Adapter
 from sparseft.errors import AttachError
 from sparseft.modules.class_swap import masked_attributes
 from sparseft.modules.leaves import leaf_attribute
-from sparseft.modules.names import ParameterIndex
+from sparseft.modules.names import ParameterIndex, end_embeddings
 
 __all__ = ["check_maskable", "check_masks", "check_overlaps", "check_ties"]
 
@@ -165,10 +165,9 @@ def _declared_ties(model: nn.Module) -> set[tuple[str, str]]:
             pairs |= {(f"{start}{a}", f"{start}{b}") for a, b in declared.items()}
         elif getattr(getattr(module, "config", None), "tie_word_embeddings", False):
             names = {id(m): name for name, m in module.named_modules()}
-            ends = ("get_output_embeddings", "get_input_embeddings")
-            found = [getattr(module, end)() for end in ends if hasattr(module, end)]
+            found = end_embeddings(module)
             if len(found) == 2 and all(id(m) in names for m in found):
-                a, b = (f"{start}{names[id(m)]}.weight" for m in found)
+                b, a = (f"{start}{names[id(m)]}.weight" for m in found)
                 pairs.add((a, b))
     return pairs
 

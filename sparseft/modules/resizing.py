@@ -13,6 +13,7 @@ from torch import nn
 
 from sparseft.errors import AttachError
 from sparseft.modules.class_swap import masked_attributes
+from sparseft.modules.names import end_embeddings
 
 __all__ = ["guard_resizing", "unguard_resizing"]
 
@@ -20,10 +21,7 @@ _METHOD = "resize_token_embeddings"
 
 
 def _resize(model: Any, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:
-    for end in ("get_input_embeddings", "get_output_embeddings"):
-        embeddings = getattr(model, end, lambda: None)()
-        if embeddings is None:
-            continue
+    for embeddings in end_embeddings(model):
         masked = masked_attributes(embeddings).get("weight")
         if masked is not None and new_num_tokens not in (None, masked.weight.shape[0]):
             raise AttachError(

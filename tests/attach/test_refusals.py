@@ -232,6 +232,17 @@ def test_two_dtypes_that_nobody_tied(listed):
         assert sparse.names == ["head.weight"]
 
 
+def test_a_model_that_has_no_embeddings_to_tie():
+    class Vision(nn.Linear):
+        config = SimpleNamespace(tie_word_embeddings=True)  # a default of transformers 4
+
+        def get_input_embeddings(self):
+            raise NotImplementedError
+
+    with attach(Vision(4, 3), {"weight": full((3, 4))}) as sparse:
+        assert sparse.names == ["weight"]
+
+
 def test_dense_masks_are_warned_of(caplog):
     def said(density, dtype):
         caplog.clear()
