@@ -84,10 +84,27 @@ class SparseCallback(_Base):
         Trainer compiles are counted in that way, or after `add_to`.
 
     Example:
-        >>> trainer = transformers.Trainer(model, args, train_dataset=data)  # doctest: +SKIP
-        >>> SparseCallback().add_to(trainer)  # doctest: +SKIP
-        >>> trainer.train()  # doctest: +SKIP
-        >>> sparseft.Adapter.load("out/adapter")  # doctest: +SKIP
+        >>> import tempfile, torch, transformers, sparseft
+        >>> class Classifier(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.embed, self.out = torch.nn.Embedding(20, 8), torch.nn.Linear(8, 2)
+        ...     def forward(self, input_ids, labels):
+        ...         logits = self.out(self.embed(input_ids).mean(1))
+        ...         return {"loss": torch.nn.functional.cross_entropy(logits, labels)}
+        >>> model, folder = Classifier(), tempfile.mkdtemp()
+        >>> sparse = sparseft.attach(model, sparseft.select(model, "random", density=0.1))
+        >>> args = transformers.TrainingArguments(
+        ...     folder, max_steps=4, save_steps=2, report_to="none", disable_tqdm=True
+        ... )
+        >>> rows = [{"input_ids": [i, i + 1, 5], "labels": i % 2} for i in range(16)]
+        >>> trainer = transformers.Trainer(model, args, train_dataset=rows)
+        >>> trainer.remove_callback(transformers.PrinterCallback)
+        >>> _ = SparseCallback().add_to(trainer)
+        >>> trainer.train().metrics["sparse/nnz"]
+        18
+        >>> sparseft.Adapter.load(f"{folder}/checkpoint-2/adapter").nnz
+        18
     """
 
     def __new__(cls, *args: Any, **kwargs: Any) -> SparseCallback:

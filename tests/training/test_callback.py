@@ -171,7 +171,7 @@ def test_masks_that_move(first, tiny, rows, tmp_path):
     assert all(torch.equal(start.diffs[n].indices, before[n]) for n in before)
     assert all(end.diffs[n].pattern.equals(p) for n, p in sparse.patterns.items())
     assert same_values(end, weights_in(tmp_path / "whole" / "checkpoint-4"))
-    for at in (2, 4):
+    for at in (4,) if first else (2, 4):
         again, trainer, _ = build(tmp_path / f"again-{at}")
         trainer.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{at}"))
         assert again.adapter().digest == sparse.adapter().digest
