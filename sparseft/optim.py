@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from sparseft.modules.leaves import MaskedParameter, masked_by_leaf
+from sparseft.modules.traced import once_while_traced
 from sparseft.ops import resolve_backend
 from sparseft.ops._moments import scales_of
 from sparseft.ops.sparse_step import sparse_step_
@@ -378,8 +379,7 @@ class _SparseOptimizer(Optimizer, ABC):
 # In a compiled step this runs while it is traced, before the graph's inputs are looked up. Moments
 # made inside a graph would be its outputs, and make a second graph of the second step; those here
 # are ordinary tensors, whose addresses a CUDA graph may rely on.
-@torch.compiler.assume_constant_result
-@torch.no_grad()
+@once_while_traced
 def _start_states(optimizer: _SparseOptimizer) -> bool:
     for kind, entries in optimizer._collect(recheck=False).items():
         for entry in entries:

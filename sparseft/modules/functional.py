@@ -22,10 +22,12 @@ __all__ = ["given_weight"]
 
 # torch.compile enters the transforms that it traces, and asks here, then; it guards on those around
 # it by itself. (Nothing else about the answer can be traced.)
-@torch.compiler.assume_constant_result
 def _transformed() -> bool:
     """Whether a function transform or forward-mode differentiation looks at this call."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def given_weight(weight: Tensor, masked: MaskedParameter) -> Tensor | None:

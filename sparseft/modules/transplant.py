@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sparseft.errors import AttachError
+from sparseft.modules.traced import once_while_traced
 from sparseft.modules.weak_table import WeakTable
 from sparseft.ops._common import bits
 from sparseft.ops._moments import QUANTUM, decode_moment, encode_moment_, scales_of
@@ -71,7 +72,7 @@ class Moves:
 
 
 # In a compiled step this is done while it is traced, once: the table is no input of the graph.
-@torch.compiler.assume_constant_result
+@once_while_traced
 def note_step(optimizer: Optimizer) -> bool:
     """Remember, weakly, that an optimizer has stepped a leaf: it may have state of it."""
     if _stepped.get(optimizer) is None:

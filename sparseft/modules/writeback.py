@@ -35,6 +35,7 @@ from sparseft.modules.optimizer_guards import (
     note_without_leaves,
     report_idle,
 )
+from sparseft.modules.traced import once_while_traced
 from sparseft.modules.transplant import note_step
 
 __all__ = ["install_hooks", "remove_idle_hooks"]
@@ -66,7 +67,7 @@ def _check(optimizer: Optimizer) -> None:
 
 
 # What replaces a weight or module that a compiled step reads has the step traced again.
-@torch.compiler.assume_constant_result
+@once_while_traced
 def _check_while_traced(optimizer: Optimizer) -> bool:
     _check(optimizer)
     return True
@@ -124,7 +125,7 @@ def _report_untouched(leaves: Iterable[MaskedParameter]) -> None:
 
 
 # torch.compile runs this while it traces a step: a message in the graph would break it.
-@torch.compiler.assume_constant_result
+@once_while_traced
 def _report_while_traced(optimizer: Optimizer) -> bool:
     leaves, _ = _in_groups(optimizer)
     if any(masked.leaf.grad is not None for masked in leaves):  # else backward is traced, too

@@ -92,7 +92,7 @@ def trained(kind, *, compiled=False, autocast=False, blocks_only=False, steps=2)
     if compiled:
         torch._dynamo.reset()
         call = torch.compile(model, backend="aot_eager", fullgraph=True)
-        step = torch.compile(optimizer.step, backend="aot_eager", fullgraph=True)
+        step = torch.compile(optimizer.step, backend="aot_eager")
     torch.manual_seed(1)
     losses = []
     for _ in range(steps):
