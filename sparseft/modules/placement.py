@@ -290,8 +290,9 @@ def _memory(masked: MaskedParameter, known: int | None) -> Misplaced | None:
     base = masked.base.to(weight.device)
     summed = base.double() + masked.leaf.detach().to(weight.device, torch.float64)
     # Rounded once or twice (a cast), to nearest or stochastically.
-    spacing = max(torch.finfo(d).eps for d in (base.dtype, found.dtype))
-    near = (found.double() - summed).abs() <= 2 * spacing * summed.abs() + 1e-30
+    kinds = [torch.finfo(d) for d in (base.dtype, found.dtype)]
+    spacing, least = max(k.eps for k in kinds), max(k.tiny * k.eps for k in kinds)
+    near = (found.double() - summed).abs() <= 2 * (spacing * summed.abs() + least)
     same = near | (found == base.to(found.dtype)) | (found == summed.to(found.dtype))
     # One read of one number, and only when a weight's memory is another.
     if bool((same | (found.isnan() & summed.isnan())).all()):

@@ -357,6 +357,24 @@ def test_moved_memory_and_wrapped_modules_train_on(how, rounding, ids, kit):
     assert all(torch.equal(t.to(wanted[n]), wanted[n]) for n, t in kit.snapshot(run.model).items())
 
 
+def test_moved_memory_of_weights_near_zero():
+    """Where fp16 has one spacing for all, rounding either way is no small part of a number."""
+    torch.manual_seed(0)
+    layer = nn.Linear(16, 16, bias=False).half()
+    with torch.no_grad():
+        layer.weight.mul_(1e-6)
+    sparse = attach(layer, {"weight": torch.ones(16, 16) > 0})
+    optimizer = SparseAdamW(sparse.parameters(), lr=1e-7, stochastic_rounding=True)
+    for _ in range(3):
+        layer(torch.ones(2, 16).half()).sum().backward()
+        optimizer.step()
+        clone_data(layer)
+    with torch.no_grad():
+        layer.weight.data = layer.weight.data + 1e-6
+    with pytest.raises(AttachError, match=r"'weight'.*another tensor"):
+        optimizer.step()
+
+
 # Devices ("meta" is the second one of any machine).
 
 
