@@ -130,6 +130,8 @@ def test_what_was_replaced_is_named_and_what_was_trained_is_kept(change, kind, k
     assert "adapter(): " in said(caplog)
     if change is not cast_leaves:
         assert adapter.digest == digest
+    again = attach(kit.make(), adapter)  # whose fingerprint is that of the base
+    assert all(torch.equal(leaf, adapter[n].values) for n, leaf in again.leaves.items())
     caplog.clear()
     run.sparse.detach()
     if restored:
