@@ -45,8 +45,8 @@ step = 0
 def save() -> None:
     state = {
         "step": step,
-        "model": model.state_dict(),  # base, leaves and weights; attach(compact_state_dict=True):
-        "optimizer": optimizer.state_dict(),  # leaves and head only
+        "model": model.state_dict(),  # without the frozen: attach(..., compact_state_dict=True)
+        "optimizer": optimizer.state_dict(),
         "schedule": schedule.state_dict(),
         "rng": torch.get_rng_state(),
         "gpu_rng": torch.cuda.get_rng_state_all(),
