@@ -44,7 +44,7 @@ def moved(run):
     return any(not p.equals(run.start[n]) for n, p in run.sparse.patterns.items())
 
 
-@pytest.mark.parametrize(("kind", "compact"), both("sparse-complete", "stochastic-compact"))
+@pytest.mark.parametrize(("kind", "compact"), both("stochastic-compact"))
 def test_a_plain_loop(kind, compact, tiny, tmp_path):
     def build():
         return loops.build(tiny, kind, compact=compact)
@@ -114,7 +114,7 @@ def test_masks_that_move_between_save_and_resume(loop, at, tiny, tmp_path):
     ("kind", "own", "compact"),
     [
         pytest.param("fused", "bf16", False, id="stock-bf16-complete", marks=SLOW),
-        pytest.param("fused", True, False, id="stock-complete"),
+        pytest.param("fused", True, False, id="stock-complete", marks=SLOW),
         pytest.param("moments_8", False, True, id="moments_8-compact"),
         pytest.param("sparse", False, False, id="sparse-complete", marks=SLOW),
         pytest.param("sparse", False, True, id="sparse-compact", marks=SLOW),
