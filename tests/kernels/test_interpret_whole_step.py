@@ -142,3 +142,30 @@ def test_blocks_of_tensors_are_the_same_under_capture(counts, device, monkeypatc
     written = _launch.spread(counts, where)
     assert written.dtype == uploaded.dtype == torch.int32
     assert written.tolist() == uploaded.tolist() == [n for n, times in counts for _ in range(times)]
+
+
+@pytest.mark.parametrize("device", LANES)
+def test_a_compiled_step_runs_the_kernels(device, monkeypatch):
+    """The op chooses its backend when the graph runs, with the attachment's choice."""
+    from sparseft_kernels import sparse_step
+
+    torch._dynamo.reset()
+    launched = []
+    launch = sparse_step.launch
+    monkeypatch.setattr(
+        sparse_step,
+        "launch",
+        lambda kernel, *a, **k: (launched.append(kernel), launch(kernel, *a, **k)),
+    )
+    results = []
+    for compiled in (False, True):
+        step, sparse, optimizer = prepared(device, "adamw")
+        launched.clear()
+        if compiled:
+            optimizer.step = torch.compile(optimizer.step, backend="aot_eager")
+        step()
+        step()
+        assert len(launched) == 4  # rates and values, twice
+        state = [x for s in optimizer.state.values() for x in s.values()]
+        results.append([t.detach().clone() for t in (*sparse.parameters(), *state)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
