@@ -7,10 +7,11 @@ leaves as well; the weight is then written by a hook after its step.
 On a GPU one kernel launch per weight dtype steps every tensor, without a host sync; elsewhere the
 plain-torch definition runs tensor by tensor.
 
-``torch.compile(optimizer.step)`` is one graph, hooks included (from torch 2.13 on). It is not
-compiled again as a learning rate changes (a float's second value makes it an input; a tensor is one
-at once), nor as masks of equal counts move. A CUDA graph needs ``capturable=True``, a learning rate
-on the device where it is to change, and a step taken before the capture; after
+``torch.compile(optimizer.step)`` is one graph, hooks included (from torch 2.13 on), for loops that
+are compiled as a whole; alone it gains nothing, as the step is one op already. It is not compiled
+again as a learning rate changes (a float's second value makes it an input; a tensor is one at
+once), nor as masks of equal counts move. A CUDA graph needs ``capturable=True``, a learning rate on
+the device where it is to change, and a step taken before the capture; after
 `Attachment.reselect_`, capture again.
 """
 
