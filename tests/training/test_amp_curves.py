@@ -104,7 +104,7 @@ def test_the_page_shows_what_the_command_wrote(amp, found):
 
 @pytest.mark.slow
 def test_300_steps_on_the_real_encoder(amp, real_encoder):
-    """Without fp16 and the mistakes; `run.py amp` has them too. 10 minutes on one core."""
+    """Without fp16 and the mistakes; `run.py amp` has them too. 20 minutes on one core."""
     whole = amp["amp_study"].real_study(real_encoder.parent, steps=300)
     ways = ways_of(amp, "ours fp32", "ours bf16 autocast", "ours bf16 base")
     rows = amp["amp_curves"].curves(
