@@ -1,18 +1,15 @@
 """Notice an optimizer that would step, and train nothing: built before attach, or for other masks.
 
-Called before each step, and before a GradScaler unscales gradients: without any it says "No inf
-checks were recorded for this optimizer", and the step never comes.
+Called before each step. With a GradScaler no step comes: torch has no hook before it looks for
+gradients, finds none and says "No inf checks were recorded for this optimizer".
 """
 
 from __future__ import annotations
 
-import functools
 import logging
 import weakref
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -21,7 +18,6 @@ from sparseft.modules.leaves import MaskedParameter
 from sparseft.modules.placement import DETACHED, placements
 
 __all__ = [
-    "ScalerWatch",
     "check_groups",
     "check_places",
     "frozen_note",
@@ -167,24 +163,3 @@ def frozen_note(frozen: int) -> str:
         "model.requires_grad_(False) do; leaf.requires_grad_() for each of "
         "attachment.parameters() trains them again)"
     )
-
-
-class ScalerWatch:
-    """Has ``check(optimizer)`` called before a `torch.amp.GradScaler` unscales; until `remove`."""
-
-    def __init__(self, check: Callable[[Any], None]) -> None:
-        stock = torch.amp.GradScaler.unscale_
-
-        @functools.wraps(stock)
-        def unscale_(scaler: torch.amp.GradScaler, optimizer: Any) -> None:
-            if scaler.is_enabled():
-                check(optimizer)
-            stock(scaler, optimizer)
-
-        self._stock, self._ours = stock, unscale_
-        torch.amp.GradScaler.unscale_ = unscale_  # type: ignore[method-assign, assignment]
-
-    def remove(self) -> None:
-        """Put the stock method back, unless somebody has put another one on top."""
-        if torch.amp.GradScaler.unscale_ is self._ours:
-            torch.amp.GradScaler.unscale_ = self._stock  # type: ignore[method-assign]

@@ -1,6 +1,6 @@
 """Write every trained diff into its weight after each optimizer step, whatever the optimizer.
 
-Two global hooks of ``torch.optim``, and a check in GradScaler, there while any mask is attached.
+Two global hooks of ``torch.optim``, there while any mask is attached.
 (A pre-forward hook that watches ``leaf._version`` trains nothing, silently, with
 ``AdamW(fused=True)`` and under ``torch.compile``.)
 
@@ -28,7 +28,6 @@ from sparseft.modules.leaves import (
     registered,
 )
 from sparseft.modules.optimizer_guards import (
-    ScalerWatch,
     check_groups,
     check_places,
     frozen_note,
@@ -71,10 +70,6 @@ def _check(optimizer: Optimizer) -> None:
 def _check_while_traced(optimizer: Optimizer) -> bool:
     _check(optimizer)
     return True
-
-
-def _before_unscale(optimizer: Any) -> None:
-    check_groups(optimizer, *_in_groups(optimizer))
 
 
 def _before_step(
@@ -153,7 +148,6 @@ def install_hooks() -> None:
     if not _handles:
         _handles.append(register_optimizer_step_pre_hook(_before_step))
         _handles.append(register_optimizer_step_post_hook(_after_step))
-        _handles.append(ScalerWatch(_before_unscale))
 
 
 def remove_idle_hooks() -> None:
