@@ -232,7 +232,7 @@ def _property(attr: str) -> property:
         compiling = torch.compiler.is_compiling()
         if not compiling:
             masked.data_was_set()  # also lets go of the last alias, before there is a new one
-        alias = read_in_forward(self, attr, weight, masked)
+        alias = None if compiling else read_in_forward(self, attr, weight, masked)
         if alias is None:
             alias = alias_at_mask(weight, masked)
         if not compiling:

@@ -14,6 +14,7 @@ Anything else sees the alias of the generic tier, one for all reads of a forward
 from __future__ import annotations
 
 import math
+import threading
 import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -38,8 +39,15 @@ from sparseft.ops.grouped_grad import grouped_grad_at
 
 __all__ = ["FusedExperts", "StackedWeight", "is_stacked", "read_in_forward"]
 
-# While a forward runs: `module.__dict__[_READS]`, attribute name -> its `StackedWeight`.
-_READS = "_sparseft_stacked"
+
+class _Running(threading.local):
+    """Forwards that run in this thread: id of the module -> attribute -> its `StackedWeight`."""
+
+    def __init__(self) -> None:
+        self.reads: dict[int, dict[str, Tensor]] = {}
+
+
+_running = _Running()
 
 
 def is_stacked(module: nn.Module, weight: Tensor | SparsePattern) -> bool:
@@ -155,7 +163,13 @@ class _ExpertsAtMask(torch.autograd.Function):
         masked: MaskedParameter,
     ) -> Tensor:
         ctx.save_for_backward(x, weight, whose)
-        ctx.how, ctx.transposed, ctx.masked, ctx.name = how, transposed, masked, masked.name
+        # Not the mask itself, which would keep a whole model for as long as there is a loss.
+        ctx.how, ctx.transposed, ctx.name, ctx.backend = (
+            how,
+            transposed,
+            masked.name,
+            masked.backend,
+        )
         ctx.leaf_dtype, ctx.leaf, ctx.entries = leaf.dtype, _kept(leaf), _entries_of(masked)
         return _product(x, weight, whose, gathered, how, transposed)
 
@@ -167,15 +181,17 @@ class _ExpertsAtMask(torch.autograd.Function):
         with torch.no_grad():
             if ctx.needs_input_grad[0]:
                 w = weight if ctx.how == "pairs" else weight.to(grad_output.dtype)
-                dx = _product(grad_output, w, whose, None, ctx.how, not ctx.transposed).to(x.dtype)
+                dy = grad_output.flatten(1) if ctx.how == "pairs" else grad_output
+                dx = _product(dy, w, whose, None, ctx.how, not ctx.transposed)
+                dx = dx.view(x.shape).to(x.dtype)
             if ctx.needs_input_grad[2]:
                 dleaf = grouped_grad_at(
-                    grad_output.reshape(-1, grad_output.shape[-1]),
-                    x.reshape(-1, x.shape[-1]),
+                    grad_output.flatten(1) if ctx.how == "pairs" else grad_output.flatten(0, -2),
+                    x.flatten(0, -2),
                     _rows_by_expert(ctx.how, whose, x, len(ctx.entries.counts)),
                     ctx.entries.local,
                     ctx.transposed,
-                    ctx.masked.backend or "",
+                    ctx.backend or "",
                 ).to(ctx.leaf_dtype)
         dx, dleaf = _first_order(ctx, (grad_output, x), dx, dleaf)
         return dx, None, dleaf, None, None, None, None, None
@@ -189,17 +205,21 @@ def _product(
     how: str,
     transposed: bool,
 ) -> Tensor:
-    """Return ``x W_e`` (``transposed``: the weight is stored (in, out)) or ``x W_e^T``."""
+    """Return ``x W_e`` (``transposed``: the weight is stored (in, out)) or ``x W_e^T``.
+
+    Of pairs as bmm gives it, (rows, 1, out) or (rows, out, 1): a view made in a Function refuses
+    in-place operations.
+    """
     if how == "groups":
         w = weight if transposed else weight.transpose(-2, -1)
-        return torch._grouped_mm(_aligned(x), w, offs=whose)
+        return F.grouped_mm(_aligned(x), w, offs=whose)
     if how == "blocks":
         return torch.bmm(x, weight if transposed else weight.transpose(-2, -1))
     if gathered is None:
         gathered = weight[whose].to(x.dtype)
     if transposed:
-        return torch.bmm(x.unsqueeze(1), gathered).squeeze(1)
-    return torch.bmm(gathered, x.unsqueeze(-1)).squeeze(-1)
+        return torch.bmm(x.unsqueeze(1), gathered)
+    return torch.bmm(gathered, x.unsqueeze(-1))
 
 
 def _aligned(x: Tensor) -> Tensor:
@@ -221,6 +241,7 @@ def _rows_by_expert(how: str, whose: Tensor | None, x: Tensor, experts: int) -> 
         ends = whose.tolist()
         sizes = [end - start for start, end in zip([0, *ends], ends, strict=False)]
     else:
+        whose = whose % experts  # which may count from the end
         sizes = torch.bincount(whose, minlength=experts).tolist()
     if how == "pairs" and whose is not None:
         return list(whose.argsort(stable=True).split(sizes))
@@ -241,11 +262,13 @@ class StackedWeight(Tensor):
         read: what the reads of this forward share.
         chosen: None for the whole stack; one expert; or (rows,) experts.
         swapped: whether the last two dimensions are.
+        made_at: `_versions` of it and ``chosen``; after in-place operations it is the alias alone.
     """
 
     read: _Read
     chosen: int | Tensor | None
     swapped: bool
+    made_at: int
 
     @classmethod
     def __torch_function__(
@@ -254,7 +277,7 @@ class StackedWeight(Tensor):
         kwargs = kwargs or {}
         handler = _HANDLERS.get(func)
         with torch._C.DisableTorchFunctionSubclass():
-            if handler is not None:
+            if handler is not None and torch.is_grad_enabled() and _takes(handler, args, kwargs):
                 result = handler(*args, **kwargs)
                 if result is not NotImplemented:
                     return result
@@ -277,8 +300,10 @@ def _stacked(
         alias.__class__ = _FakeStackedWeight
     else:
         return alias  # of many devices, say: the generic tier
-    alias.read, alias.chosen, alias.swapped = read, chosen, swapped  # type: ignore[attr-defined]
-    return alias
+    found: Any = alias
+    found.read, found.chosen, found.swapped = read, chosen, swapped
+    found.made_at = _versions(alias, chosen)
+    return found
 
 
 def read_in_forward(
@@ -289,7 +314,7 @@ def read_in_forward(
     None for other weights, outside of the module's forward, and where it would not do: under
     ``torch.compile``, in a CUDA graph (rows are counted on the host).
     """
-    reads = module.__dict__.get(_READS)
+    reads = _running.reads.get(id(module))
     if reads is None or not is_stacked(module, masked.pattern):
         return None
     if attr not in reads:
@@ -307,24 +332,44 @@ class FusedExperts(nn.Module):
             or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
         ):
             return super().forward(*args, **kwargs)
-        outer = self.__dict__.get(_READS)
-        self.__dict__[_READS] = {}
+        reads, key = _running.reads, id(self)
+        outer = reads.get(key)
+        reads[key] = {}
         try:
             return super().forward(*args, **kwargs)
         finally:
             if outer is None:
-                del self.__dict__[_READS]
+                del reads[key]
             else:
-                self.__dict__[_READS] = outer
+                reads[key] = outer
 
-
-_KINDS: Any = (StackedWeight, _FakeStackedWeight)
 
 # What stands in for which function. Arguments as those take them; NotImplemented: the alias's turn.
 
 
+def _takes(handler: Callable[..., Any], args: Any, kwargs: Any) -> bool:
+    """Whether a handler has parameters for a call: not for ``out=``, say."""
+    count, names = handler.__code__.co_argcount, handler.__code__.co_varnames
+    return len(args) <= count and all(name in names[len(args) : count] for name in kwargs)
+
+
+def _is_read(w: Any) -> bool:
+    mine = isinstance(w, StackedWeight | _FakeStackedWeight)
+    return mine and w.made_at == _versions(w, w.chosen)
+
+
+def _versions(*tensors: Any) -> int:
+    """Return a number that in-place operations on any of these raise."""
+    return sum(t._version for t in tensors if isinstance(t, Tensor))
+
+
+def _watched(w: Any, hook: Any = None) -> Any:
+    w.made_at = -1  # it wants the dense gradient
+    return NotImplemented
+
+
 def _getitem(w: Any, index: Any) -> Any:
-    if not isinstance(w, _KINDS) or w.chosen is not None or w.swapped:
+    if not _is_read(w) or w.chosen is not None or w.swapped:
         return NotImplemented
     if isinstance(index, Tensor):
         if index.dtype not in (torch.int64, torch.int32):
@@ -340,7 +385,7 @@ def _getitem(w: Any, index: Any) -> Any:
 
 
 def _swap(w: Any, dim0: int = -2, dim1: int = -1) -> Any:
-    if {dim0 % w.ndim, dim1 % w.ndim} != {w.ndim - 2, w.ndim - 1}:
+    if not _is_read(w) or {dim0 % w.ndim, dim1 % w.ndim} != {w.ndim - 2, w.ndim - 1}:
         return NotImplemented
     return _stacked(w.transpose(-2, -1), w.read, w.chosen, not w.swapped)
 
@@ -349,40 +394,49 @@ def _transposed(w: Any) -> Any:
     return _swap(w) if w.ndim == 2 else NotImplemented
 
 
-def _linear(x: Any, w: Any, bias: Any = None) -> Any:
-    if not isinstance(w, _KINDS) or type(w.chosen) is not int:
+def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
+    w = weight
+    if not _is_read(w) or type(w.chosen) is not int:
         return NotImplemented
     layer = conv1d_at_mask if w.swapped else linear_at_mask
     if w.swapped and bias is not None:
         return NotImplemented
     masked: Any = w.read.expert(w.chosen)
-    return layer(x, w.read.weight[w.chosen], bias, masked)
+    return layer(input, w.read.weight[w.chosen], bias, masked)
 
 
-def _matmul(x: Any, w: Any) -> Any:
-    if isinstance(w, _KINDS) and type(w.chosen) is int:
+def _matmul(input: Any, other: Any) -> Any:
+    w = other
+    if _is_read(w) and type(w.chosen) is int:
         layer = linear_at_mask if w.swapped else conv1d_at_mask
         masked: Any = w.read.expert(w.chosen)
-        return layer(x, w.read.weight[w.chosen], None, masked)
-    return _bmm(x, w)
+        return layer(input, w.read.weight[w.chosen], None, masked)
+    return _bmm(input, w)
+
+
+def _mm(input: Any, mat2: Any) -> Any:
+    return _matmul(input, mat2)
 
 
 def _right_matmul(w: Any, x: Any) -> Any:
     return _matmul(x, w)
 
 
-def _bmm(a: Any, b: Any) -> Any:
-    if isinstance(b, _KINDS) and b.chosen is None and a.ndim == 3:
+def _bmm(input: Any, mat2: Any) -> Any:
+    a, b = input, mat2
+    if a.ndim != 3 or b.ndim != 3 or a.shape[0] != b.shape[0]:  # matmul broadcasts
+        return NotImplemented
+    if _is_read(b) and b.chosen is None:
         return _apply(a, b, None, "blocks", not b.swapped)
-    if isinstance(b, _KINDS) and isinstance(b.chosen, Tensor) and a.shape[1:-1] == (1,):
-        return _apply(a.squeeze(1), b, b.chosen, "pairs", not b.swapped).unsqueeze(1)
-    if isinstance(a, _KINDS) and isinstance(a.chosen, Tensor) and b.shape[2:] == (1,):
-        return _apply(b.squeeze(-1), a, a.chosen, "pairs", a.swapped).unsqueeze(-1)
+    if _is_read(b) and isinstance(b.chosen, Tensor) and a.shape[1] == 1:
+        return _apply(a.squeeze(1), b, b.chosen, "pairs", not b.swapped).flatten(1).unsqueeze(1)
+    if _is_read(a) and isinstance(a.chosen, Tensor) and b.shape[2] == 1:
+        return _apply(b.squeeze(-1), a, a.chosen, "pairs", a.swapped).flatten(1).unsqueeze(-1)
     return NotImplemented
 
 
 def _grouped_mm(x: Any, w: Any, offs: Any = None, bias: Any = None, out_dtype: Any = None) -> Any:
-    fits = isinstance(w, _KINDS) and w.chosen is None and x.ndim == 2 and offs is not None
+    fits = _is_read(w) and w.chosen is None and x.ndim == 2 and offs is not None
     if not fits or bias is not None or out_dtype is not None:
         return NotImplemented
     return _apply(x, w, offs, "groups", not w.swapped)
@@ -416,9 +470,11 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     Tensor.matmul: _matmul,
     Tensor.__matmul__: _matmul,
     Tensor.__rmatmul__: _right_matmul,
-    torch.mm: _matmul,
-    Tensor.mm: _matmul,
+    torch.mm: _mm,
+    Tensor.mm: _mm,
     torch.bmm: _bmm,
     Tensor.bmm: _bmm,
-    torch._grouped_mm: _grouped_mm,
+    torch._grouped_mm: _grouped_mm,  # what F.grouped_mm is
+    Tensor.register_hook: _watched,
+    Tensor.retain_grad: _watched,
 }

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import threading
+import weakref
 
 import pytest
 import torch
@@ -94,9 +97,34 @@ def blocks_turned(layer, x, whose):
     return (x.view(EXPERTS, -1, 8) @ layer.stack.mT).view_as(x)
 
 
+def keywords(layer, x, whose):
+    y = by_expert(
+        layer, x, whose, lambda s, rows, e: F.linear(input=rows, weight=s.stack[e], bias=None)
+    )
+    return y + torch.mm(x, mat2=layer.stack[0]) + torch.matmul(input=x, other=layer.stack[2])
+
+
+def pairs_from_the_end(layer, x, whose):
+    return pairs(layer, x, whose - EXPERTS)
+
+
+def changed_after(layer, x, whose):
+    y = torch.bmm(x.unsqueeze(1), layer.stack[whose])
+    z = torch.bmm(layer.stack[whose], x.unsqueeze(-1))
+    return y.relu_().squeeze(1) + z.mul_(2).squeeze(-1)
+
+
+def first_without_grad(layer, x, whose):
+    stack = layer.stack
+    with torch.no_grad():
+        y = F.linear(x, stack[0])
+    return F.linear(x, stack[2]) * y
+
+
 FUSED = [
     linear, by_number, with_bias, matmul, turned, turned_linear, grouped, grouped_as_stored,
     pairs, pairs_turned, blocks, blocks_turned,
+    keywords, pairs_from_the_end, changed_after, first_without_grad,
 ]  # fmt: skip
 
 
@@ -127,7 +155,36 @@ class Doubled(torch.autograd.Function):
         return 2 * grad
 
 
-GENERIC = [einsum, squares, both, outside]
+def broadcast(layer, x, whose):
+    y = (x[:1].unsqueeze(1) @ layer.stack[whose]).squeeze(1)
+    z = (layer.stack[whose[:1]] @ x.unsqueeze(-1)).squeeze(-1)
+    return y + z + (x[None] @ layer.stack).sum(0)
+
+
+def changed_before(layer, x, whose):
+    """In-place operations on the copies that a choice of experts makes."""
+    scaled, turned, zeroed = layer.stack[whose], layer.stack[whose], layer.stack[whose]
+    scaled *= 2
+    turned.transpose_(1, 2)
+    zeroed[0] = 0
+    chosen = scaled, turned, zeroed
+    return sum(torch.bmm(c, x.unsqueeze(-1)).squeeze(-1) for c in chosen)
+
+
+def hooked(layer, x, whose):
+    matrix = layer.stack[2]
+    matrix.register_hook(lambda grad: 3 * grad)
+    return F.linear(x, matrix)
+
+
+def given_out(layer, x, whose):
+    stack, y = layer.stack, torch.empty_like(x, requires_grad=False)
+    with torch.no_grad():
+        torch.mm(x, stack[2], out=y)
+    return x @ stack[0].square() * y
+
+
+GENERIC = [einsum, squares, both, outside, broadcast, changed_before, hooked, given_out]
 
 
 def pair_of(reads, density=0.3, seed=0):
@@ -232,6 +289,63 @@ def test_gradient_scores_see_entries_outside_the_mask(reads):
     assert indices.numel() > sparse.nnz
     wanted = dense[sparse.patterns["stack"].indices.long()]
     torch.testing.assert_close(sparse.leaves["stack"].grad, wanted)
+
+
+def test_experts_changed_after_they_were_chosen_are_refused_as_torch_does():
+    def changed(layer, x, whose):
+        matrices = layer.stack[whose]
+        whose.zero_()
+        return torch.bmm(matrices, x.unsqueeze(-1)).squeeze(-1)
+
+    for layer in pair_of(changed)[:2]:
+        x, whose = rows()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            backward(layer, x, whose.clone())
+
+
+def test_forwards_in_threads_and_copies_inside_one():
+    """What a forward knows of its reads is its thread's alone, and no part of the module."""
+
+    def slow(layer, x, whose):
+        first = layer.stack[0]
+        barrier.wait(10)  # both are inside now
+        y = F.linear(x, first) + F.linear(x, layer.stack[2])
+        copy.deepcopy(layer)
+        pickle.dumps(layer.state_dict())
+        return y
+
+    barrier = threading.Barrier(2)
+    stock, layer, sparse = pair_of(slow)
+    before, grads = set(layer.__dict__), []
+    leaf = sparse.leaves["stack"]
+
+    def run():
+        grads.append(torch.autograd.grad(layer(*rows()).square().sum(), leaf)[0])
+
+    workers = [threading.Thread(target=run) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert set(layer.__dict__) == before
+    assert type(layer.stack) is Tensor  # no forward, no forward's reads
+    barrier = threading.Barrier(1)
+    backward(stock, *rows())
+    wanted = stock.stack.grad.flatten()[sparse.patterns["stack"].indices.long()]
+    assert len(grads) == 2
+    for grad in grads:
+        torch.testing.assert_close(grad, wanted)
+
+
+def test_a_kept_loss_keeps_no_model():
+    _, layer, sparse = pair_of(grouped)
+    loss = layer(*rows()).sum()
+    model, masked = weakref.ref(layer), weakref.ref(sparse._masked["stack"])
+    sparse.detach()
+    del layer, sparse
+    gc.collect()
+    assert loss.requires_grad
+    assert (model(), masked()) == (None, None)
 
 
 def test_copies_train_their_own_leaf():
