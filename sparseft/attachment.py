@@ -112,7 +112,7 @@ def attach(
     if start is not None and start.metadata.fingerprint is not None:
         verify_fingerprint(model, start.metadata.fingerprint)
     patterns = resolve_masks(index, masks)
-    chosen = set(index.match(full_params)) if full_params else set()
+    chosen = set(index.match(full_params, what="full_params")) if full_params else set()
     full = [n for n in index.names if n in chosen | dense]
     check_roles(index, patterns, full)
     check_ties(model, index, patterns)

@@ -39,12 +39,15 @@ def canonical_name(name: str) -> str:
     return ".".join(parts)
 
 
-def match_patterns(patterns: str | Iterable[str], names: Sequence[str]) -> list[str]:
+def match_patterns(
+    patterns: str | Iterable[str], names: Sequence[str], *, what: str = ""
+) -> list[str]:
     """Return the ``names`` that match any of the glob ``patterns``, in the order of ``names``.
 
     Args:
         patterns: globs as in ``fnmatch`` (``*`` crosses dots), or one of them.
         names: what they choose from.
+        what: the argument that they were given as, for the message.
 
     Raises:
         UnknownNameError: a pattern that matches nothing; the message has the nearest names.
@@ -57,7 +60,8 @@ def match_patterns(patterns: str | Iterable[str], names: Sequence[str]) -> list[
             hint = did_you_mean(pattern, names)
             if any(fnmatch.fnmatchcase(name, inside) for name in names):
                 hint = f" Did you mean {inside!r}?"
-            raise UnknownNameError(f"pattern {pattern!r} matches none of {len(names)} names.{hint}")
+            said = f"{what}: pattern" if what else "pattern"
+            raise UnknownNameError(f"{said} {pattern!r} matches none of {len(names)} names.{hint}")
         chosen.update(found)
     return [name for name in names if name in chosen]
 
@@ -175,8 +179,11 @@ class ParameterIndex:
         """Return every (module, attribute) that holds the parameter, the canonical one first."""
         return list(self._owners[self.resolve(name)])
 
-    def match(self, patterns: str | Iterable[str]) -> list[str]:
-        """Return the canonical names matched by globs, which may also speak of aliases."""
+    def match(self, patterns: str | Iterable[str], *, what: str = "") -> list[str]:
+        """Return the canonical names matched by globs, which may also speak of aliases.
+
+        ``what`` names the argument that they were given as, for the message.
+        """
         every = [n for name in self._parameters for n in (name, *self._aliases[name])]
-        found = {self._canonical[n] for n in match_patterns(patterns, every)}
+        found = {self._canonical[n] for n in match_patterns(patterns, every, what=what)}
         return [name for name in self._parameters if name in found]

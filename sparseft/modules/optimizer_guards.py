@@ -31,6 +31,7 @@ _FIX = (
     "Build it from attachment.parameters(), after attach, or call attach(model, masks, "
     "optimizer=optimizer), which puts the leaves into its groups."
 )
+_told_of_stale: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 # Steps of an optimizer without any leaf that trained full parameters of an attachment.
 _without_leaves: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
 
@@ -63,6 +64,12 @@ def check_groups(
             f"this {kind} holds the leaf of {stale[0]!r}{_more(stale)} whose masks were detached, "
             f"and nothing else that has a gradient, so it would train nothing. {_FIX}"
         )
+    if stale and optimizer not in _told_of_stale:
+        _told_of_stale.add(optimizer)
+        logger.warning(
+            "this %s holds the leaf of %r%s whose masks were detached; its steps train only what "
+            "else it holds. %s", kind, stale[0], _more(stale), _FIX,
+        )  # fmt: skip
 
 
 def _more(names: Sequence[str]) -> str:

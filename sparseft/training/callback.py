@@ -76,7 +76,8 @@ class SparseCallback(_Base):
         log: add the figures.
 
     Raises:
-        AttachError: an attachment of another type; when training begins, a model without masks.
+        AttachError: an attachment of another type; when training begins, a model without masks,
+            or without those given.
 
     Numerics: training is not touched. Nothing waits for the device between logs and saves. Tokens
         are the entries of ``input_ids`` (shapes alone, the attention mask is not read), or
@@ -161,6 +162,8 @@ class SparseCallback(_Base):
         """Find the masks; take back what a checkpoint says of their entries."""
         self._end()
         model = kwargs["model"]
+        if self._given is not None:
+            _check_on(model, self._given)
         attachment = self._given or _last_attachment(model)
         self.attachment = attachment
         self.meter = meter = TrainingMeter(
@@ -282,6 +285,18 @@ def _last_attachment(model: nn.Module) -> Attachment:
             "where phase.attachment is not None."
         )
     return found[-1]
+
+
+def _check_on(model: nn.Module, attachment: Attachment) -> None:
+    """Raise AttachError unless leaves of these masks are parameters of the trainer's model."""
+    trained = {id(parameter) for parameter in model.parameters()}
+    if not any(id(leaf) in trained for leaf in attachment.leaves.values()):
+        raise AttachError(
+            f"SparseCallback(attachment) got {attachment!r}, none of whose masks is on the "
+            f"{type(model).__name__} that this Trainer trains: it would train something else. "
+            "Detached masks are attached again; masks of a copy or of another model are found by "
+            "themselves where SparseCallback gets no attachment."
+        )
 
 
 def _made_compact(attachment: Attachment) -> Callable[[], None]:

@@ -214,6 +214,18 @@ def test_leaves_of_masks_that_were_detached(tiny, ids, kit):
         optimizer.step()
 
 
+def test_leaves_of_detached_masks_beside_others_that_train(tiny, ids, kit, caplog):
+    sparse = attach(tiny, up(tiny, kit), full_params=["norm.*"])
+    optimizer = torch.optim.AdamW(sparse.parameters())
+    sparse.detach(restore=True)
+    tiny.norm.requires_grad_(True)
+    for _ in range(2):
+        kit.loss(tiny, ids).backward()
+        optimizer.step()
+    [message] = said(caplog)
+    assert "AdamW holds the leaf of 'up.weight' whose masks were detached; its steps" in message
+
+
 def test_masks_that_came_later(tiny, ids, kit, caplog):
     attach(tiny, up(tiny, kit))
     optimizer = torch.optim.AdamW(tiny.parameters())

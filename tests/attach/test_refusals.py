@@ -34,7 +34,7 @@ def test_unknown_parameter_gives_the_nearest_names(tiny):
 
 
 def test_unknown_full_parameter_glob(tiny, kit):
-    with pytest.raises(UnknownNameError, match=r"'hed.\*' matches none"):
+    with pytest.raises(UnknownNameError, match=r"^full_params: pattern 'hed.\*' matches none"):
         attach(tiny, {"up.weight": full((24, 8))}, full_params=["hed.*"])
 
 

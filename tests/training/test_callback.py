@@ -246,6 +246,10 @@ def test_what_it_refuses_and_what_it_leaves_alone(tiny, rows, tmp_path):
     callback.add_to(trainer)
     trainer.train()
     assert callback.attachment is sparse, "the masks of the model that trains now"
+    _, _, trainer = masked_trainer(tiny, rows, tmp_path, max_steps=1)
+    SparseCallback(sparse).add_to(trainer)
+    with pytest.raises(AttachError, match="none of whose masks is on the PlainClassifier"):
+        trainer.train()  # would train what nobody meant, and save an adapter of zeros
 
 
 def test_the_checkpoint_of_a_trial_is_the_newest(tmp_path):
