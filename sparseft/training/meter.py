@@ -8,6 +8,7 @@ Here: the numbers and the warnings they call for. Not here: who shows them (`Spa
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -200,7 +201,8 @@ class TrainingMeter:
             last: training has ended: entries without a gradient will stay so.
         """
         self._underflow.warn(reading.report, self.optimizer, steps=self.steps, last=last)
-        if last and reading.never_touched and self.steps:
+        # Nor where it diverged: NaN is no gradient.
+        if last and reading.never_touched and self.steps and math.isfinite(reading.l1):
             _warn_never_touched(self.attachment, reading.report, self._looks())
 
     def _looks(self) -> int:
@@ -214,11 +216,12 @@ def _warn_never_touched(attachment: Attachment, report: MaskReports, steps: int)
         logger,
         attachment,
         "never_touched",
-        "%d of %d trained entries never got a gradient in %d steps: %s. They took their share of "
-        "the budget and stay at their base: rows of tokens that do not occur, units that are "
-        "always off, experts nobody chose. Choose masks by gradient or by what moved "
-        "(sparseft.select(method='gradient' or 'magnitude')), exclude these tensors, or let "
-        "sparseft.Reselection move the masks.",
+        "%d of %d trained entries never got a gradient in %d steps: %s. They stay at their base, "
+        "which does no harm but wastes their share of the budget: rows of tokens or positions that "
+        "do not occur, units that are always off, experts nobody chose. A few are usual where "
+        "masks are random. To use them: masks by gradient or by what moved "
+        "(sparseft.select(method='gradient' or 'magnitude')), without these tensors (exclude=), or "
+        "moved in training (sparseft.Reselection).",
         total.no_gradient,
         total.nnz,
         steps,

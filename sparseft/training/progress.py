@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
@@ -12,6 +13,8 @@ import torch
 
 from sparseft._text import human_bytes
 from sparseft.attachment import Attachment
+from sparseft.errors import AttachError
+from sparseft.modules.transplant import check_optimizer
 from sparseft.training.meter import TrainingMeter
 
 __all__ = ["track"]
@@ -49,7 +52,7 @@ def track(
         file: where to; default standard error.
 
     Raises:
-        AttachError: no attachment, or one that was detached.
+        AttachError: no attachment, or one that was detached; no optimizer, or several.
 
     Numerics: none of the figures waits for the device; on a GPU, tokens/s is right once its queue
         is full. Tokens are those of `sparseft.training.meter.tokens_in`, padding included.
@@ -66,8 +69,15 @@ def track(
         ...     optimizer.zero_grad()  # doctest: +ELLIPSIS
         training: 2 batches, nnz 40 (100%), trained state 960 B, ... tokens/s
     """
+    if isinstance(optimizer, list | tuple):
+        raise AttachError(
+            f"track: optimizer is a {type(optimizer).__name__}, and one is looked at. Pass the "
+            "one that steps once a batch."
+        )
+    if optimizer is not None:
+        check_optimizer(optimizer)
     meter = meter or TrainingMeter(attachment, optimizer)
-    file = file or sys.stderr
+    file = file or sys.stderr or io.StringIO()  # a program without a console has no standard error
     if total is None and isinstance(batches, Sized):
         total = _length(batches)
     return _tracked(batches, meter, optimizer, description, total, final, file)
@@ -138,7 +148,7 @@ def _line(
     file: TextIO, description: str, total: int | None, figures: Callable[[], str]
 ) -> Iterator[Callable[[], None]]:
     """Give a function to call after each batch; the line is there in a terminal only."""
-    if not file.isatty():
+    if not getattr(file, "isatty", bool)():  # what is no more than writable has none
         yield lambda: None
         return
     from rich.console import Console

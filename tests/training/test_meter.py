@@ -125,6 +125,17 @@ def test_entries_without_a_gradient_are_logged_once(caplog):
     assert "sparseft.Reselection" in messages[0]
 
 
+def test_a_run_that_diverged_says_nothing_of_entries_without_a_gradient(caplog):
+    model, sparse = attached()
+    optimizer = torch.optim.AdamW(sparse.parameters(), lr=0.1)
+    meter = TrainingMeter(sparse, optimizer)
+    train(model, optimizer, meter, scale=math.nan)
+    reading = meter.read()
+    assert reading.never_touched == {"embed.weight": 40, "up.weight": 4}
+    meter.warn(reading, last=True)
+    assert "never got" not in caplog.text
+
+
 def test_half_precision_that_drops_diffs_is_logged(caplog, monkeypatch):
     monkeypatch.setattr(underflow, "STEPS", 3)
     for dtype, lr, warned in (

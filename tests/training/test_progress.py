@@ -71,6 +71,23 @@ def test_a_line_in_a_terminal(monkeypatch):
     assert "4/4" in text
 
 
+def test_where_there_is_no_more_than_a_place_to_write(monkeypatch):
+    class Log:
+        text = ""
+
+        def write(self, text):
+            self.text += text
+
+        def flush(self):
+            pass
+
+    log = Log()
+    run(LOADER, file=log, final=True)
+    assert log.text.startswith("training: 4 batches")
+    monkeypatch.setattr("sys.stderr", None)  # as under pythonw
+    assert run(LOADER, final=True)[0] == LOADER
+
+
 @pytest.mark.parametrize("sized", ["iterator", "refusing", "given"])
 def test_batches_of_unknown_number(sized):
     class Refusing:
@@ -130,6 +147,10 @@ def test_what_it_refuses_is_refused_before_the_first_batch():
     model, sparse, optimizer = attached()
     with pytest.raises(AttachError, match="reads an Attachment, got Embedding"):
         track(LOADER, model, optimizer)
+    with pytest.raises(AttachError, match="got 'adam'"):
+        track(LOADER, sparse, "adam")
+    with pytest.raises(AttachError, match="optimizer is a list, and one is looked at"):
+        track(LOADER, sparse, [optimizer])
     sparse.detach()
     with pytest.raises(AttachError, match="detached"):
         track(LOADER, sparse, optimizer)
