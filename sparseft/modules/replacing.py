@@ -20,9 +20,12 @@ __all__ = ["RefusesReplacing"]
 
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:
-    """Whether one is the other, or an alias of all of it."""
+    """Whether one is the other, or an alias of all of it: a transposed view is none."""
     return a is b or (
-        a.shape == b.shape and a.untyped_storage()._cdata == b.untyped_storage()._cdata
+        a.shape == b.shape
+        and a.stride() == b.stride()
+        and a.storage_offset() == b.storage_offset()
+        and a.untyped_storage()._cdata == b.untyped_storage()._cdata
     )
 
 

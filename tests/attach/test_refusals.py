@@ -301,6 +301,16 @@ def test_replacing_or_deleting_an_attached_weight(tiny):
     del tiny.up.note
 
 
+def test_another_view_of_a_weight_is_another_weight():
+    model = nn.Linear(4, 4)
+    attach(model, {"weight": torch.eye(4) > 0})
+    weight = model._parameters["weight"]
+    model.weight = model.weight  # what code that ties does
+    with pytest.raises(AttachError, match="cannot replace 'weight'"):
+        model.weight = nn.Parameter(weight.detach().t())
+    assert model._parameters["weight"] is weight
+
+
 def test_an_attribute_in_the_leaf_s_place(tiny):
     layer = nn.Linear(4, 3)
     layer.diff_weight = "mine"
