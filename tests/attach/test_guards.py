@@ -367,9 +367,11 @@ def test_moved_memory_of_weights_near_zero():
         layer.weight.mul_(1e-6)
     sparse = attach(layer, {"weight": torch.ones(16, 16) > 0})
     optimizer = SparseAdamW(sparse.parameters(), lr=1e-7, stochastic_rounding=True)
+    addresses = []  # kept from being given out again
     for _ in range(3):
         layer(torch.ones(2, 16).half()).sum().backward()
         optimizer.step()
+        addresses.append(layer._parameters["weight"].data)
         clone_data(layer)
     with torch.no_grad():
         layer.weight.data = layer.weight.data + 1e-6
