@@ -68,9 +68,10 @@ class SparseCallback(_Base):
     Args:
         attachment: whose masks; default the last one on the trainer's model when training begins.
         adapter: name of the folder, and of the adapter; None: write none.
-        compact: while it trains, checkpoints hold leaves, full parameters and buffers only, as with
+        compact: checkpoints hold leaves, full parameters and buffers only, as with
             ``attach(..., compact_state_dict=True)``. A resumed run attaches the same masks to the
-            same base. After training ``save_model()`` writes the whole model again.
+            same base. After training, or after an interruption within a step, ``save_model()``
+            writes the whole model.
         watch_entries: note before each optimizer step which entries get gradient: one byte an
             entry; `Attachment.report` shows it.
         log: add the figures.
@@ -133,8 +134,10 @@ class SparseCallback(_Base):
         self.watch_entries, self.log = watch_entries, log
         self.meter: TrainingMeter | None = None
         self._saved: dict[str, Any] = {}  # put here by Trainer, from a checkpoint's trainer state
+        self._place: int | None = None  # of the given attachment; put here by Trainer, too
         self._trainer: Callable[[], Any] = lambda: None
         self._undo: list[Callable[[], None]] = []
+        self._whole: Callable[[], None] | None = None  # ends compact state dicts
 
     def add_to(self, trainer: Any) -> SparseCallback:
         """Add this to a trainer so that its reporters get the figures, too; returns this.
@@ -162,10 +165,7 @@ class SparseCallback(_Base):
         """Find the masks; take back what a checkpoint says of their entries."""
         self._end()
         model = kwargs["model"]
-        if self._given is not None:
-            _check_on(model, self._given)
-        attachment = self._given or _last_attachment(model)
-        self.attachment = attachment
+        self.attachment = attachment = self._find(model)
         self.meter = meter = TrainingMeter(
             attachment, kwargs.get("optimizer"), watch_entries=self.watch_entries
         )
@@ -174,13 +174,26 @@ class SparseCallback(_Base):
         saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
         if self.watch_entries:
             begin_watching(attachment, saved, state.global_step)
-        if self.compact:
-            self._undo.append(_made_compact(attachment))
+        if not state.global_step:
+            self._forget_saved(state)
         if _counts_tokens(args):
             meter.restart(state.num_input_tokens_seen)
         else:
             outer = getattr(self._trainer(), "model_wrapped", None)
             self._undo.append(count_tokens(outer if outer is not None else model, meter))
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Have the model save whole, in case that this step is interrupted."""
+        self._save_whole()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Have checkpoints be compact: they are written between here and the next step."""
+        if self.compact and self.attachment is not None and self._whole is None:
+            self._whole = _made_compact(self.attachment)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """As after a step: an epoch may end with a checkpoint."""
+        self.on_step_end(args, state, control)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Look at the gradients."""
@@ -208,6 +221,7 @@ class SparseCallback(_Base):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write the adapter into the checkpoint, which is complete but for it."""
         if state.is_world_process_zero:
+            self._forget_saved(state)
             folder = _checkpoint(args, state)
             if folder is not None:
                 self._write(folder, state.global_step)
@@ -230,10 +244,37 @@ class SparseCallback(_Base):
             seen = saved_entries(self.meter.attachment)
         return {
             "args": {name: getattr(self, name) for name in options},
-            "attributes": {"_saved": seen},
+            "attributes": {"_saved": seen, "_place": self._place},
         }
 
     # -- work ---
+
+    def _find(self, model: nn.Module) -> Attachment:
+        found = [a for module in model.modules() for a in attachments_of(module)]
+        if self._given is not None:
+            _check_on(model, self._given)
+            places = [i for i, attachment in enumerate(found) if attachment is self._given]
+            self._place = places[0] if places else None
+            return self._given
+        if not found:
+            raise AttachError(
+                f"SparseCallback: no masks are attached to this {type(model).__name__}. Call "
+                "sparseft.attach(model, masks) before train(); in lottery_ticket, add the callback "
+                "where phase.attachment is not None."
+            )
+        # Made anew by Trainer, it knows but the place of what it was given.
+        return found[-1 if self._place is None or self._place >= len(found) else self._place]
+
+    def _forget_saved(self, state: Any) -> None:
+        """Drop what Trainer has saved of several callbacks: each save adds to the list."""
+        saved = state.stateful_callbacks.get(type(self).__name__)
+        if isinstance(saved, list):
+            saved.clear()
+
+    def _save_whole(self) -> None:
+        if self._whole is not None:
+            self._whole()
+            self._whole = None
 
     def _write(self, folder: Path, step: int | None) -> None:
         if self.adapter is None or self.attachment is None:
@@ -245,6 +286,7 @@ class SparseCallback(_Base):
             logger.warning("no adapter in %s: %s", folder, bad)
 
     def _end(self) -> None:
+        self._save_whole()
         while self._undo:
             self._undo.pop()()
 
@@ -269,22 +311,6 @@ def _figures(reading: Reading, processes: int) -> dict[str, float]:
 def _counts_tokens(args: Any) -> bool:
     """Whether Trainer counts input tokens itself, over all processes."""
     return getattr(args, "include_num_input_tokens_seen", False) not in (False, "no")
-
-
-def _last_attachment(model: nn.Module) -> Attachment:
-    """Return the last attachment on a model, or on what it wraps.
-
-    Raises:
-        AttachError: there is none.
-    """
-    found = [a for module in model.modules() for a in attachments_of(module)]
-    if not found:
-        raise AttachError(
-            f"SparseCallback: no masks are attached to this {type(model).__name__}. Call "
-            "sparseft.attach(model, masks) before train(); in lottery_ticket, add the callback "
-            "where phase.attachment is not None."
-        )
-    return found[-1]
 
 
 def _check_on(model: nn.Module, attachment: Attachment) -> None:

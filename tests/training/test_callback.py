@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import json
 import logging
 import math
 from pathlib import Path
@@ -12,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sparseft import Adapter, Reselection, SparseCallback, lottery_ticket
+from sparseft import Adapter, Reselection, SparseCallback, attach, lottery_ticket
 from sparseft.errors import AttachError
 from sparseft.training import LoopTrainer
 from sparseft.training.callback import _checkpoint as checkpoint_of
@@ -140,6 +141,51 @@ def test_entries_seen_before_an_interruption_stay_seen(tiny, rows, tmp_path):
     trainer.train(resume_from_checkpoint=str(tmp_path / "bare" / "checkpoint-4"))
     assert [row.no_gradient for row in again.report()] == wanted, "entries that moved were seen"
     assert (tmp_path / "after" / "checkpoint-6" / "adapter").is_dir()
+
+
+def test_after_an_interruption_the_model_saves_whole(tiny, rows, tmp_path):
+    model, sparse, trainer = masked_trainer(tiny, rows, tmp_path)
+    compact = []
+
+    class Stop(transformers.TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            compact.append("norm.weight" not in model.state_dict())
+
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            if state.global_step == 3:
+                raise KeyboardInterrupt
+
+    SparseCallback(compact=True).add_to(trainer)
+    trainer.add_callback(Stop())
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert compact == [True]
+    assert "norm.weight" in model.state_dict()
+    assert not sparse.compact_state_dict
+
+
+def test_two_callbacks_of_two_attachments(tiny, rows, tmp_path):
+    """Each saves its own, also where Trainer makes them anew; trainer_state.json does not grow."""
+
+    def build(folder, restored):
+        model, first, trainer = masked_trainer(
+            tiny, rows, folder, max_steps=8, restore_callback_states_from_checkpoint=restored
+        )
+        second = attach(model, {"norm.weight": torch.ones_like(model.norm.weight) > 0})
+        for name, sparse in (("one", first), ("two", second)):
+            SparseCallback(sparse, adapter=name).add_to(trainer)
+        return trainer, {"one": first, "two": second}
+
+    trainer, whole = build(tmp_path / "whole", False)
+    trainer.train()
+    for step in (2, 4, 8):
+        text = (tmp_path / f"whole/checkpoint-{step}/trainer_state.json").read_text()
+        assert len(json.loads(text)["stateful_callbacks"]["SparseCallback"]) == 2
+    trainer, again = build(tmp_path / "again", True)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "whole/checkpoint-4"))
+    for name, sparse in again.items():
+        found = Adapter.load(tmp_path / "again" / name)
+        assert found.digest == sparse.adapter().digest == whole[name].adapter().digest
 
 
 @pytest.mark.parametrize(
