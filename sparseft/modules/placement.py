@@ -3,7 +3,8 @@
 A loop's own code may replace a parameter, a module, or the memory behind a weight. Training would
 then go on in a tensor that no forward reads. So each optimizer step first looks at identities,
 addresses, dtypes and devices: no value is read, nothing waits for a GPU. Values are compared only
-where an address is another one, which moving a model does as well.
+where an address is another one, which moving a model does as well. (Memory that is replaced twice
+between two steps may come to lie where it lay; that is not noticed.)
 """
 
 from __future__ import annotations
