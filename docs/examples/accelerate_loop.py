@@ -7,6 +7,9 @@ accelerate launch accelerate_loop.py --model xlm-roberta-base --data train.tsv -
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import torch
 import transformers
 from accelerate import Accelerator, DataLoaderConfiguration, skip_first_batches
@@ -59,8 +62,32 @@ class Progress:
 
 at = Progress()
 accelerator.register_for_checkpointing(at)
+
+
+def checkpoints() -> list[Path]:
+    found = args.out.glob("checkpoint-*")
+    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+
+
+def save() -> None:
+    # save_state writes file by file: killed over an older checkpoint, it would leave a mixture.
+    accelerator.save_state(str(args.out / "unfinished"))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        older, new = checkpoints(), args.out / f"checkpoint-{at.step}"
+        if new in older:  # of a run that this one started over
+            shutil.rmtree(new)
+        (args.out / "unfinished").rename(new)
+        for path in older:
+            if path != new:
+                shutil.rmtree(path)
+    accelerator.wait_for_everyone()
+
+
 if args.resume:  # model, optimizer, schedule, random numbers, progress
-    accelerator.load_state(str(args.out / "checkpoint"))
+    if not checkpoints():
+        raise SystemExit(f"--resume: no checkpoint in {args.out}")
+    accelerator.load_state(str(checkpoints()[-1]))
 
 wrapped.train()
 for epoch in range(at.step // per_epoch, args.epochs):
@@ -79,7 +106,7 @@ for epoch in range(at.step // per_epoch, args.epochs):
             continue
         at.step += 1
         if at.step % args.save_every == 0:
-            accelerator.save_state(str(args.out / "checkpoint"))
+            save()
         if at.step == args.stop_after:
             raise SystemExit(f"stopped after step {at.step}; --resume goes on")
     accelerator.print(f"epoch {epoch}: loss {loss.item():.3f}")

@@ -75,6 +75,28 @@ def test_the_trainer_in_bf16(run):
     assert Adapter.load("sparse-run/adapter").nnz == 2232
 
 
+def test_accelerate_killed_while_it_writes_its_second_checkpoint(run, monkeypatch):
+    """After the model and before the rest: the first checkpoint is left as it was."""
+    from accelerate import accelerator
+
+    plain, saves = accelerator.save_custom_state, []
+
+    def dies(*arguments, **options):
+        saves.append(arguments)
+        if len(saves) == 2:
+            raise SystemExit("killed")
+        return plain(*arguments, **options)
+
+    assert "no checkpoint" in run("accelerate_loop", "--resume")
+    run("accelerate_loop", "--out", "whole")
+    with monkeypatch.context() as patched:
+        patched.setattr(accelerator, "save_custom_state", dies)
+        assert run("accelerate_loop") == "killed"
+    run("accelerate_loop", "--resume")
+    assert Adapter.load("sparse-run/adapter").digest == Adapter.load("whole/adapter").digest
+    assert [path.name for path in Path("sparse-run").glob("*-*")] == ["checkpoint-50"]
+
+
 @pytest.mark.parametrize("script", ["plain_loop", "trainer"])
 def test_a_model_and_data_of_ones_own(script, run):
     sys.modules.pop("task", None)
