@@ -68,6 +68,11 @@ def _check_tensor(name: str, parameter: nn.Parameter) -> None:
         raise AttachError(
             f"{name!r} is on the meta device, so it has no values to train. Load the weights first."
         )
+    if parameter.is_inference() or torch.is_inference_mode_enabled():
+        raise AttachError(
+            f"{name!r} was made, or would get its leaf, under torch.inference_mode, whose tensors "
+            "autograd refuses. Load the model and attach outside of it."
+        )
     if parameter.dtype.is_complex:
         raise AttachError(
             f"{name!r} is {parameter.dtype}; masks are on real floating weights. Keep it as two "

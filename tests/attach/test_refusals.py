@@ -126,6 +126,15 @@ def test_meta_weight():
         attach(nn.Linear(4, 3, device="meta"), {"weight": full((3, 4))})
 
 
+def test_inference_mode():
+    with torch.inference_mode():
+        loaded = nn.Linear(4, 3)
+    for layer, inside in ((loaded, False), (nn.Linear(4, 3), True)):
+        with torch.inference_mode(inside), pytest.raises(AttachError, match=r"inference_mode"):
+            attach(layer, {"weight": full((3, 4))})
+        assert type(layer) is nn.Linear
+
+
 def test_fake_weight_outside_its_mode():
     with FakeTensorMode():
         layer = nn.Linear(4, 3)
