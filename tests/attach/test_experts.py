@@ -264,6 +264,26 @@ def test_activation_checkpointing(reads, reentrant):
     assert torch.equal(sparse.leaves["stack"].grad, expected.leaves["stack"].grad)
 
 
+def test_a_checkpoint_inside_of_a_forward():
+    """Not every kind of it works, as the troubleshooting page says; none is silently wrong."""
+    from torch.utils.checkpoint import CheckpointError, checkpoint
+
+    def inside(layer, x, whose):
+        def part(x):
+            return F.linear(x, layer.stack[0])
+
+        return checkpoint(part, x, use_reentrant=layer.reentrant)
+
+    stock, layer, sparse = pair_of(inside)
+    stock.reentrant = layer.reentrant = True
+    backward(stock, *rows()), backward(layer, *rows())
+    wanted = stock.stack.grad.flatten()[sparse.patterns["stack"].indices.long()]
+    torch.testing.assert_close(sparse.leaves["stack"].grad, wanted)
+    layer.reentrant = False
+    with pytest.raises(CheckpointError, match="A different number of tensors was saved"):
+        backward(layer, *rows())
+
+
 def test_masks_that_move_are_followed():
     stock, layer, sparse = pair_of(linear)
     backward(layer, *rows())
