@@ -44,8 +44,9 @@ class SparseCallback(_Base):
 
     **Adapters.** ``checkpoint-N/adapter/`` beside each complete checkpoint, with the masks of that
     moment, and ``output_dir/adapter/`` when training ends: after ``load_best_model_at_end`` that is
-    the best model's. Written whole or not at all, by the first process; `sparseft.Adapter.load`
-    reads them. They are deleted with their checkpoint (``save_total_limit``).
+    the best model's; in a hyper-parameter search ``run-N/adapter/`` of each trial with a
+    checkpoint. Written whole or not at all, by the first process; `sparseft.Adapter.load` reads
+    them. They are deleted with their checkpoint (``save_total_limit``).
 
     **Figures**, in each training log and in the metrics of the run:
 
@@ -135,6 +136,7 @@ class SparseCallback(_Base):
         self.meter: TrainingMeter | None = None
         self._saved: dict[str, Any] = {}  # put here by Trainer, from a checkpoint's trainer state
         self._place: int | None = None  # of the given attachment; put here by Trainer, too
+        self._folder: Path | None = None  # of the adapter at the end
         self._trainer: Callable[[], Any] = lambda: None
         self._undo: list[Callable[[], None]] = []
         self._whole: Callable[[], None] | None = None  # ends compact state dicts
@@ -166,6 +168,7 @@ class SparseCallback(_Base):
         self._end()
         model = kwargs["model"]
         self.attachment = attachment = self._find(model)
+        self._folder = None if state.is_hyper_param_search else Path(args.output_dir)
         self.meter = meter = TrainingMeter(
             attachment, kwargs.get("optimizer"), watch_entries=self.watch_entries
         )
@@ -224,6 +227,7 @@ class SparseCallback(_Base):
             self._forget_saved(state)
             folder = _checkpoint(args, state)
             if folder is not None:
+                self._folder = folder.parent
                 self._write(folder, state.global_step)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -232,7 +236,8 @@ class SparseCallback(_Base):
         if meter is not None and state.is_world_process_zero:
             best = args.load_best_model_at_end and state.best_model_checkpoint is not None
             step = getattr(state, "best_global_step", None) if best else state.global_step
-            self._write(Path(args.output_dir), step)
+            if self._folder is not None:
+                self._write(self._folder, step)
             meter.warn(meter.read(), last=True)
         self._end()
 

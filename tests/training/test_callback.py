@@ -314,6 +314,19 @@ def test_the_checkpoint_of_a_trial_is_the_newest(tmp_path):
         assert checkpoint_of(args, state) == (wanted and tmp_path / wanted)
 
 
+def test_a_trial_leaves_the_adapters_of_others_alone(tiny, rows, tmp_path, monkeypatch):
+    class Search(transformers.TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            state.is_hyper_param_search = True
+
+    _, sparse, trainer = masked_trainer(tiny, rows, tmp_path, max_steps=2, callbacks=[Search()])
+    monkeypatch.setattr(trainer, "_get_output_dir", lambda trial: str(tmp_path / "run-1"))
+    SparseCallback().add_to(trainer)
+    trainer.train()
+    assert not (tmp_path / "adapter").exists(), "it would be the last trial's, not the best one's"
+    assert Adapter.load(tmp_path / "run-1" / "adapter").digest == sparse.adapter().digest
+
+
 def test_a_class_derived_from_it_is_a_callback_of_trainer():
     class Mine(SparseCallback):
         pass
