@@ -258,8 +258,7 @@ class SparseCallback(_Base):
         found = [a for module in model.modules() for a in attachments_of(module)]
         if self._given is not None:
             _check_on(model, self._given)
-            places = [i for i, attachment in enumerate(found) if attachment is self._given]
-            self._place = places[0] if places else None
+            self._place = next((i for i, a in enumerate(found) if a is self._given), None)
             return self._given
         if not found:
             raise AttachError(
@@ -378,6 +377,12 @@ def _forerunner() -> Any:
 
         def __init__(self, trainer: Callable[[], Any]) -> None:
             self.trainer = trainer
+
+        def __getstate__(self) -> dict[str, Any]:  # a search pickles the trainer, and all it has
+            return {"of": self.trainer()}
+
+        def __setstate__(self, state: dict[str, Any]) -> None:
+            self.trainer = weakref.ref(state["of"])
 
         def _found(self) -> list[SparseCallback]:
             trainer = self.trainer()

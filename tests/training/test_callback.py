@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import inspect
 import json
@@ -325,6 +326,19 @@ def test_a_trial_leaves_the_adapters_of_others_alone(tiny, rows, tmp_path, monke
     trainer.train()
     assert not (tmp_path / "adapter").exists(), "it would be the last trial's, not the best one's"
     assert Adapter.load(tmp_path / "run-1" / "adapter").digest == sparse.adapter().digest
+
+
+def test_a_copy_of_a_trainer_has_its_own_callbacks(tiny, rows, tmp_path):
+    """As of a search with Ray, which pickles the trainer."""
+    _, _, trainer = masked_trainer(tiny, rows, tmp_path, max_steps=2, save_strategy="no")
+    SparseCallback().add_to(trainer)
+    again = copy.deepcopy(trainer)
+    first = again.callback_handler.callbacks[0]
+    assert type(first).__name__ == "SparseForerunner"
+    assert first.trainer() is again
+    again.train()
+    assert any("sparse/nnz" in entry for entry in again.state.log_history)
+    assert trainer.state.log_history == []
 
 
 def test_a_class_derived_from_it_is_a_callback_of_trainer():
