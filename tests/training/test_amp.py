@@ -1,4 +1,4 @@
-"""Mixed precision: fp16 with GradScaler, bf16 autocast, pure bf16 and fp16 weights, stock loops."""
+"""Autocast: fp16 with a GradScaler, bf16, and low-precision weights under either."""
 
 from __future__ import annotations
 
@@ -8,124 +8,33 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sparseft
-from sparseft.ops._common import bits
-
-_spec = importlib.util.spec_from_file_location(
-    "_accuracy", Path(__file__).parent.parent / "_accuracy.py"
-)
-_accuracy = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(_accuracy)
-assert_as_accurate = _accuracy.assert_as_accurate
-
-BF16, FP16 = torch.bfloat16, torch.float16
-OPTIMIZERS = {
-    "sparse": lambda p, **o: sparseft.SparseAdamW(p, **o),
-    "loop": lambda p, **o: torch.optim.AdamW(p, foreach=False, fused=False, **o),
-    "foreach": lambda p, **o: torch.optim.AdamW(p, foreach=True, **o),
-    "fused": lambda p, **o: torch.optim.AdamW(p, fused=True, **o),
-}
 
 
-class Net(nn.Module):
-    """A fused embedding and linears, a convolution of the generic tier, a norm, a full head."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.emb = nn.Embedding(19, 8)
-        self.norm = nn.LayerNorm(8)
-        self.up = nn.Linear(8, 24)
-        self.down = nn.Linear(24, 8)
-        self.conv = nn.Conv1d(8, 8, 3, padding=1)
-        self.head = nn.Linear(8, 5)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        h = self.norm(self.emb(ids))
-        h = h + self.down(F.gelu(self.up(h)))
-        h = h + self.conv(h.transpose(1, 2)).transpose(1, 2)
-        return self.head(h.mean(1))
+def _beside(name: str, folder: Path):
+    spec = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-MASKED = ("emb.weight", "up.weight", "up.bias", "down.weight", "conv.weight")
-
-
-def make(dtype: torch.dtype = torch.float32) -> nn.Module:
-    torch.manual_seed(0)
-    return Net().to(BF16).to(dtype)  # every dtype holds the same weights
-
-
-def masks_of(model: nn.Module) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    return {
-        name: torch.rand(model.get_parameter(name).shape, generator=generator) < 0.4
-        for name in MASKED
-    }
-
-
-def batch(step: int, rows: int = 6) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(100 + step)
-    ids = torch.randint(0, 19, (rows, 7), generator=generator)
-    return ids, ids[:, 0] % 5
-
-
-def loss_of(model: nn.Module, step: int, rows: slice = slice(None)) -> Tensor:
-    ids, labels = batch(step)
-    return F.cross_entropy(model(ids[rows]).float(), labels[rows])
-
-
-def snapshot(sparse: sparseft.Attachment, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Copies of weights, leaves and moments."""
-    found = dict(sparse.model.named_parameters())
-    for number, parameter in enumerate(sparse.parameters()):
-        state = optimizer.state.get(parameter, {})
-        found |= {f"{number} {key}": value for key, value in state.items()}
-    return {name: tensor.detach().clone() for name, tensor in found.items()}
-
-
-def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(bits(a[n]), bits(b[n])) for n in a)
-
-
-def check_written(sparse: sparseft.Attachment, start: nn.Module) -> None:
-    """Frozen bits are the start's; masked ones are the rounded sum of start and leaf."""
-    begun = dict(start.named_parameters())
-    for name, leaf in sparse.leaves.items():
-        weight, mask = sparse.model.get_parameter(name).detach(), sparse.patterns[name].to_mask()
-        base = begun[name].detach()
-        assert leaf.dtype == torch.float32
-        assert torch.equal(bits(weight[~mask]), bits(base[~mask])), name
-        assert torch.equal(weight[mask], (base[mask].float() + leaf.detach()).to(weight.dtype)), (
-            name
-        )
-    trained = {*sparse.leaves, *sparse.full_params}
-    for name, base in begun.items():
-        if name not in trained:
-            now = sparse.model.get_parameter(name).detach()
-            assert torch.equal(bits(now), bits(base.detach())), name
-
-
-def scaled_step(
-    sparse: sparseft.Attachment,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    step: int,
-    *,
-    factor: float = 1.0,
-    clip: float | None = None,
-) -> None:
-    """One step as torch's documentation has it."""
-    optimizer.zero_grad()
-    with torch.autocast("cpu", FP16):
-        loss = loss_of(sparse.model, step) * factor
-    scaler.scale(loss).backward()
-    if clip is not None:
-        scaler.unscale_(optimizer)
-        nn.utils.clip_grad_norm_(sparse.parameters(), clip)
-    scaler.step(optimizer)
-    scaler.update()
+_HERE = Path(__file__).parent
+_amp = _beside("_amp", _HERE)
+assert_as_accurate = _beside("_accuracy", _HERE.parent).assert_as_accurate
+BF16 = _amp.BF16
+FP16 = _amp.FP16
+OPTIMIZERS = _amp.OPTIMIZERS
+MASKED = _amp.MASKED
+make = _amp.make
+masks_of = _amp.masks_of
+batch = _amp.batch
+loss_of = _amp.loss_of
+snapshot = _amp.snapshot
+same = _amp.same
+check_written = _amp.check_written
+scaled_step = _amp.scaled_step
 
 
 # fp16 autocast with a GradScaler.
@@ -354,137 +263,6 @@ def test_detach_leaves_no_stale_cast(restore):
         assert not torch.equal(trained, base)
         sparse.detach(restore=restore)
         assert torch.equal(model(ids), base if restore else trained)
-
-
-# Pure bf16 and fp16 weights.
-
-
-@pytest.mark.parametrize("kind", OPTIMIZERS)
-@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
-def test_pure_low_precision_weights_are_the_rounded_sum_after_every_step(dtype, kind):
-    model, start = make(dtype), make(dtype)
-    sparse = sparseft.attach(model, masks_of(model))
-    optimizer = OPTIMIZERS[kind](sparse.parameters(), lr=1e-2, weight_decay=0.1)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**6, enabled=dtype == FP16)
-    for step in range(4):
-        optimizer.zero_grad()
-        scaler.scale(loss_of(model, step)).backward()
-        assert all(p.grad.dtype == torch.float32 for p in sparse.parameters())
-        scaler.step(optimizer)
-        scaler.update()
-        assert all(leaf.detach().any() for leaf in sparse.leaves.values())
-        check_written(sparse, start)
-    sparse.detach()
-    for (name, a), (_, b) in zip(model.named_parameters(), start.named_parameters(), strict=True):
-        assert torch.equal(bits(a.detach()), bits(b.detach())), name
-
-
-@pytest.mark.parametrize("kind", OPTIMIZERS)
-def test_decay_pulls_a_bf16_weight_back_to_its_base(kind):
-    model, start = make(BF16), make(BF16)
-    sparse = sparseft.attach(model, masks_of(model))
-    for leaf in sparse.leaves.values():
-        leaf.data.fill_(0.5)
-    sparse.sync_()
-    optimizer = OPTIMIZERS[kind](sparse.parameters(), lr=0.5, weight_decay=1.0)
-    for step in range(1, 21):
-        for leaf in sparse.leaves.values():
-            leaf.grad = torch.zeros_like(leaf)
-        optimizer.step()
-        if step in (1, 10):
-            wanted = torch.full_like(leaf, 0.5).double() * 0.5**step
-            assert torch.allclose(leaf.detach().double(), wanted, rtol=1e-5, atol=0)
-            check_written(sparse, start)
-    # 0.5^21 is less than half a unit in the last place of all but the smallest weights.
-    for name in MASKED:
-        weight, base = model.get_parameter(name).detach(), start.get_parameter(name).detach()
-        large = base.abs() > 1e-2
-        assert torch.equal(bits(weight[large]), bits(base[large])), name
-
-
-@pytest.mark.parametrize("kind", ["sparse", "fused"])
-def test_small_updates_add_up_where_a_bf16_weight_loses_them(kind):
-    """Each step is 1e-4 on a weight of 1, whose neighbours in bf16 are 2^-8 and 2^-7 away."""
-    layers = [nn.Linear(4, 3, bias=False, dtype=BF16) for _ in range(2)]
-    for layer in layers:
-        nn.init.ones_(layer.weight)
-    ours, dense = layers
-    sparse = sparseft.attach(ours, {"weight": torch.ones(3, 4, dtype=torch.bool)})
-    build = OPTIMIZERS[kind]
-    stock = OPTIMIZERS["loop" if kind == "sparse" else kind]
-    sides = (
-        (ours, build(sparse.parameters(), lr=1e-4, weight_decay=0.0)),
-        (dense, stock(dense.parameters(), lr=1e-4, weight_decay=0.0)),
-    )
-    x = torch.ones(2, 4, dtype=BF16)
-    for _ in range(40):
-        for layer, optimizer in sides:
-            optimizer.zero_grad()
-            layer(x).sum().backward()
-            optimizer.step()
-    assert torch.equal(dense.weight.detach(), torch.ones(3, 4, dtype=BF16))  # it stalls
-    leaf = sparse.leaves["weight"].detach()
-    assert torch.allclose(leaf, torch.full((12,), -4e-3), rtol=1e-4)
-    moved = (1 + leaf).to(BF16).view(3, 4)
-    assert torch.equal(ours.weight.detach(), moved)
-    assert moved[0, 0] == 1 - 2**-8
-
-
-def test_an_adapter_trained_on_bf16_weights_carries_its_fp32_diff():
-    """Into bf16 weights it gives the trained bits; into fp32 ones base + diff, unrounded."""
-    model, wide = make(BF16), make()
-    sparse = sparseft.attach(model, masks_of(model))
-    optimizer = sparseft.SparseAdamW(sparse.parameters(), lr=1e-3)
-    for step in range(3):
-        optimizer.zero_grad()
-        loss_of(model, step).backward()
-        optimizer.step()
-    adapter = sparse.adapter()
-    again = sparseft.attach(make(BF16), adapter)
-    for name, weight in model.named_parameters():
-        assert torch.equal(bits(again.model.get_parameter(name).detach()), bits(weight.detach())), (
-            name
-        )
-    sparseft.attach(wide, adapter)
-    for name, leaf in sparse.leaves.items():
-        mask = sparse.patterns[name].to_mask()
-        base = make().get_parameter(name).detach()[mask]
-        assert torch.equal(wide.get_parameter(name).detach()[mask], base + leaf.detach()), name
-
-
-def test_pure_fp16_weights_take_a_scaler_that_stock_ones_cannot():
-    """torch does not unscale fp16 gradients; those of leaves are fp32."""
-    model, stock, start = make(FP16), make(FP16), make(FP16)
-    optimizer = torch.optim.AdamW(stock.parameters(), lr=1e-2)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
-    scaler.scale(loss_of(stock, 0)).backward()
-    with pytest.raises(ValueError, match="unscale FP16 gradients"):
-        scaler.unscale_(optimizer)
-    sparse = sparseft.attach(model, masks_of(model))
-    optimizer = torch.optim.AdamW(sparse.parameters(), lr=1e-2)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
-    for step in range(3):
-        optimizer.zero_grad()
-        scaler.scale(loss_of(model, step)).backward()
-        scaler.unscale_(optimizer)
-        nn.utils.clip_grad_norm_(sparse.parameters(), 1.0)
-        scaler.step(optimizer)
-        scaler.update()
-    assert scaler.get_scale() == 2.0**8
-    check_written(sparse, start)
-
-
-def test_a_scaler_brings_back_fp16_gradients_that_underflow():
-    found = {}
-    for scale in (1.0, 2.0**14):
-        sparse = sparseft.attach(model := make(FP16), masks_of(model))
-        optimizer = torch.optim.SGD(sparse.parameters(), lr=1.0)
-        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
-        scaler.scale(loss_of(model, 0) * 1e-8).backward()
-        scaler.step(optimizer)
-        found[scale] = {name: leaf.detach().clone() for name, leaf in sparse.leaves.items()}
-    assert not any(values.any() for values in found[1.0].values())
-    assert all(values.any() for values in found[2.0**14].values())
 
 
 # Mixtures.
