@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
-__all__ = ["did_you_mean", "human_bytes", "nearest", "parse_bytes"]
+__all__ = ["did_you_mean", "first_of", "human_bytes", "nearest", "parse_bytes"]
 
 _UNITS = {"": 1, "B": 1}
 _UNITS |= {f"{p}B": 1000 ** (i + 1) for i, p in enumerate("KMGT")}
@@ -22,6 +22,12 @@ def did_you_mean(name: str, choices: Iterable[str]) -> str:
     """Return ``" Did you mean 'a' or 'b'?"``, or ``""`` when nothing is close."""
     found = nearest(name, choices)
     return f" Did you mean {' or '.join(repr(c) for c in found)}?" if found else ""
+
+
+def first_of(names: Sequence[str], shown: int = 5) -> str:
+    """Return ``"a, b, c, d, e and 2 more"``."""
+    rest = len(names) - shown
+    return ", ".join(names[:shown]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def human_bytes(n: float) -> str:

@@ -168,14 +168,12 @@ def _located(source: str) -> Path:
 
 def _need_adapter(source: Path) -> None:
     """Say of a folder without any adapter what was looked for."""
+    from sparseft._text import first_of
     from sparseft.io import adapter_file
 
     if source.is_dir() and not adapter_file(source).exists():
         there = sorted(p.name for p in source.iterdir())
-        more = f", and {len(there) - 5} more" if len(there) > 5 else ""
-        has = (
-            f"It has {', '.join(there[:5])}{more}; name a file itself." if there else "It is empty."
-        )
+        has = f"It has {first_of(there)}; name a file itself." if there else "It is empty."
         raise FileNotFoundError(
             f"nothing to convert in folder {source}: no adapter.safetensors (ours), no "
             f"pytorch_diff.bin (composable-sft), no adapter_config.json (PEFT). {has}"

@@ -174,8 +174,9 @@ def _verify_base(masked: MaskedParameter, attr: str, state_dict: Any, prefix: st
         raise BaseMismatchError(
             f"the checkpoint's {masked.name!r} is not this base plus its diff: at flat index "
             f"{int(masked.indices[at])} it has {float(found[at]):g}, wanted "
-            f"{float(wanted_entries[0][at]):g}. Load another base before attach, not after; if its "
-            "masks moved in training, load the state of that Reselection first."
+            f"{float(wanted_entries[0][at]):g}. It was made with other masks or another base: "
+            "attach its masks to its base, then load it; if its masks moved in training, load the "
+            "state of that Reselection first."
         )
     return rounded
 

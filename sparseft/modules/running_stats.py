@@ -10,6 +10,8 @@ import logging
 import torch
 from torch import Tensor, nn
 
+from sparseft._text import first_of
+
 __all__ = ["RunningStatistics"]
 
 logger = logging.getLogger(__name__)
@@ -51,7 +53,7 @@ class RunningStatistics:
                 "adapter, which holds parameters only: %s. On a fresh base it gives other outputs "
                 "in evaluation mode. Fix: keep these layers in eval() while training, or carry "
                 "their buffers along (model.state_dict() has them).",
-                len(moved), ", ".join(moved),
+                len(moved), first_of(moved),
             )  # fmt: skip
 
     @torch.no_grad()

@@ -21,6 +21,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
+from sparseft._text import first_of
 from sparseft.modules.leaves import (
     MaskedParameter,
     masked_by_leaf,
@@ -115,7 +116,7 @@ def _report_untouched(leaves: Iterable[MaskedParameter]) -> None:
             "the layer used in this loss, and not read around its module or under no_grad? With "
             "reentrant checkpointing, inputs of a block must require grad: pass "
             "input_grads=True to attach, or use_reentrant=False.",
-            len(silent), len(first), ", ".join(silent), frozen_note(frozen),
+            len(silent), len(first), first_of(silent), frozen_note(frozen),
         )  # fmt: skip
 
 

@@ -7,11 +7,11 @@ import weakref
 from collections.abc import Iterable
 from typing import Any
 
+from sparseft._text import first_of
 from sparseft.attachment import Attachment
 
 __all__ = ["named", "warn_once"]
 
-_SHOWN = 5  # tensors named in a message
 _given: weakref.WeakKeyDictionary[Attachment, set[str]] = weakref.WeakKeyDictionary()
 
 
@@ -28,6 +28,4 @@ def warn_once(
 def named(rows: Iterable[tuple[str, int, int]]) -> str:
     """Return ``"a (3 of 10), b (1 of 4) and 7 more"`` of (name, count, of) triples, most first."""
     ranked = sorted(rows, key=lambda row: (-row[1], row[0]))
-    text = ", ".join(f"{name} ({count:,} of {of:,})" for name, count, of in ranked[:_SHOWN])
-    rest = len(ranked) - _SHOWN
-    return f"{text} and {rest} more" if rest > 0 else text
+    return first_of([f"{name} ({count:,} of {of:,})" for name, count, of in ranked])

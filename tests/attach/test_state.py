@@ -207,6 +207,16 @@ def test_checkpoint_of_another_base_is_refused(ids, kit):
         fresh.load_state_dict(model.state_dict())
 
 
+def test_a_checkpoint_of_other_masks_names_both_causes(ids, kit):
+    model = kit.make()
+    trained(model, ids, kit)
+    fresh = kit.make()
+    attach(fresh, kit.masks(fresh, seed=1, density=0.3))
+    state = {n: t for n, t in model.state_dict().items() if "diff_" not in n}
+    with pytest.raises(BaseMismatchError, match="made with other masks or another base"):
+        fresh.load_state_dict(state, strict=False)
+
+
 def test_loading_the_plain_base_keeps_the_diff(ids, kit):
     model = kit.make()
     sparse, _ = trained(model, ids, kit)

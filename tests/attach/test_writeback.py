@@ -218,6 +218,16 @@ def test_a_tensor_without_gradient_is_named_once(tiny, ids, kit, caplog):
     assert f"2 of {len(sparse.names)}" in record.getMessage()
 
 
+def test_of_many_tensors_without_gradient_five_are_named(caplog):
+    model = nn.ModuleList(nn.Linear(2, 2, bias=False) for _ in range(8))
+    sparse = attach(model, {n: torch.eye(2) > 0 for n, _ in model.named_parameters()})
+    optimizer = torch.optim.SGD(sparse.parameters(), lr=1e-2)
+    model[0](torch.ones(1, 2)).sum().backward()
+    with caplog.at_level(logging.WARNING, logger="sparseft"):
+        optimizer.step()
+    assert "1.weight, 2.weight, 3.weight, 4.weight, 5.weight and 2 more" in caplog.text
+
+
 def test_hooks_are_there_only_while_masks_are(tiny, kit):
     def installed():
         return [
