@@ -13,7 +13,6 @@ from typing import Any
 import lightning as L
 import torch
 import transformers
-from lightning.pytorch.callbacks import ModelCheckpoint
 from task import accuracy, arguments, load
 from torch.utils.data import DataLoader
 
@@ -73,6 +72,30 @@ class ResumableLoader(DataLoader):
         self.epoch, self.done = state["epoch"], state["done"]
 
 
+class Checkpoints(L.Callback):
+    """Saves from time to time, always after a step and within an epoch.
+
+    With ModelCheckpoint(every_n_train_steps=...) a run resumes once, but not twice: resumed, it
+    saves again after its first micro-batch, whose gradient is in no checkpoint; and resumed from
+    the last batch of an epoch, it does not count the next epoch in what it saves.
+    """
+
+    step = saved = 0
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.step = self.saved = trainer.global_step
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        before, self.step = self.step, trainer.global_step
+        due = self.step >= self.saved + args.save_every
+        if due and self.step > before and not trainer.is_last_batch:
+            self.saved = self.step
+            unfinished = checkpoint.with_suffix(".tmp")
+            trainer.save_checkpoint(unfinished)
+            if trainer.is_global_zero:
+                unfinished.replace(checkpoint)  # whole, or not at all
+
+
 class StopAfter(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         if trainer.global_step == args.stop_after:
@@ -82,6 +105,9 @@ class StopAfter(L.Callback):
 parser = arguments(__doc__)
 parser.add_argument("--save-every", type=int, default=10)
 args = parser.parse_args()
+checkpoint = args.out / "last.ckpt"
+if args.resume and not checkpoint.is_file():
+    raise SystemExit(f"--resume: no checkpoint in {args.out}")
 L.seed_everything(0)
 base, train, test, collate = load(args)
 own = torch.Generator()
@@ -91,16 +117,14 @@ trainer = L.Trainer(
     max_epochs=args.epochs,
     accumulate_grad_batches=2,
     gradient_clip_val=1.0,
-    callbacks=[
-        ModelCheckpoint(args.out, every_n_train_steps=args.save_every, save_last=True),
-        StopAfter(),
-    ],
+    callbacks=[Checkpoints(), StopAfter()],
+    enable_checkpointing=False,  # no ModelCheckpoint beside it
     logger=False,
     enable_progress_bar=False,
     enable_model_summary=False,
 )
 module.train()
-trainer.fit(module, loader, ckpt_path="last" if args.resume else None)
+trainer.fit(module, loader, ckpt_path=checkpoint if args.resume else None)
 
 sparse = module.sparse
 print(sparse, f"accuracy {accuracy(base, test, collate):.3f}")

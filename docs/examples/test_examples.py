@@ -97,6 +97,31 @@ def test_accelerate_killed_while_it_writes_its_second_checkpoint(run, monkeypatc
     assert [path.name for path in Path("sparse-run").glob("*-*")] == ["checkpoint-50"]
 
 
+@pytest.mark.parametrize("kills", [(5, 5), (19, 21)], ids=["within_a_step", "around_an_epoch"])
+def test_lightning_killed_twice_while_it_writes_a_checkpoint(kills, run, monkeypatch):
+    """Each kill leaves half a file; ModelCheckpoint ends in other bits, see the example."""
+    trainer = pytest.importorskip("lightning", reason="lightning is not installed").Trainer
+    plain, options = trainer.save_checkpoint, ("--epochs", 2, "--save-every", 1)
+
+    def dying(step):
+        def save(self, path, *rest, **more):
+            if self.global_step >= step:
+                Path(path).write_bytes(b"half")
+                raise SystemExit("killed")
+            plain(self, path, *rest, **more)
+
+        return save
+
+    assert "no checkpoint" in run("lightning_loop", "--resume")
+    run("lightning_loop", "--out", "whole", *options)
+    for step, resume in zip(kills, [(), ("--resume",)], strict=True):
+        with monkeypatch.context() as patched:
+            patched.setattr(trainer, "save_checkpoint", dying(step))
+            assert run("lightning_loop", *options, *resume) == "killed"
+    run("lightning_loop", *options, "--resume")
+    assert Adapter.load("sparse-run/adapter").digest == Adapter.load("whole/adapter").digest
+
+
 @pytest.mark.parametrize("script", ["plain_loop", "trainer"])
 def test_a_model_and_data_of_ones_own(script, run):
     sys.modules.pop("task", None)

@@ -42,7 +42,8 @@ class Batches(DataLoader):
         self.epoch, self.done = state["epoch"], state["done"]
 
 
-def fit(tiny, run, folder, *, stop=None, ckpt_path=None):
+def fit(tiny, run, folder, *, stop=None, ckpt_path=None, always=False):
+    """Train with Lightning's ModelCheckpoint, or (``always``) a checkpoint after each step."""
     import lightning as L
     from lightning.pytorch.callbacks import ModelCheckpoint
 
@@ -73,17 +74,35 @@ def fit(tiny, run, folder, *, stop=None, ckpt_path=None):
             if self.rng is not None:
                 torch.set_rng_state(self.rng)
 
+    class Always(L.Callback):
+        """As docs/examples/lightning_loop.py saves, and why not with ModelCheckpoint."""
+
+        step = 0
+
+        def on_train_start(self, trainer, module):
+            self.step = trainer.global_step
+
+        def on_train_batch_end(self, trainer, *_):
+            before, self.step = self.step, trainer.global_step
+            if self.step > before and not trainer.is_last_batch:
+                trainer.save_checkpoint(folder / "last.ckpt")
+
     class Crash(L.Callback):
-        def on_train_batch_start(self, trainer, *_):
-            if trainer.global_step == stop:
+        """Between the micro-batches of the step after ``stop``."""
+
+        def on_train_batch_start(self, trainer, module, batch, index):
+            if trainer.global_step == stop and index % loops.ACCUMULATE:
                 raise loops.Stop
 
     own = torch.Generator()
     rows = loops.rows_of(tiny)
     batches = Batches(rows, loops.BATCH, shuffle=True, generator=own, collate_fn=tiny.collate)
-    saving = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=7, save_top_k=-1)
+    saving = Always()
+    if not always:
+        saving = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=7, save_top_k=-1)
     trainer = L.Trainer(
         max_steps=loops.STEPS, accumulate_grad_batches=loops.ACCUMULATE, accelerator="cpu",
+        enable_checkpointing=not always,
         callbacks=[saving, Crash()], logger=False, enable_progress_bar=False,
         enable_model_summary=False, default_root_dir=folder,
     )  # fmt: skip
@@ -113,3 +132,21 @@ def test_a_lightning_module(kind, compact, moving, tiny, tmp_path):
     if moving:
         assert run.moving.rounds == finished.moving.rounds == 2
     assert loops.restored(run, loops.base_of(tiny, kind))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_killed_again_and_again(tiny, tmp_path):
+    """Twice in one step, and in the first steps of the next two epochs (five steps each)."""
+    pytest.importorskip("lightning", reason="lightning is not installed")
+
+    def build():
+        return loops.build(tiny, moving=True)
+
+    whole = fit(tiny, build(), tmp_path / "whole", always=True)
+    last = None
+    for stop in (3, 3, 5, 7, 10, 11):
+        with pytest.raises(loops.Stop):
+            fit(tiny, build(), tmp_path / "killed", stop=stop, ckpt_path=last, always=True)
+        last = str(tmp_path / "killed/last.ckpt")
+    again = fit(tiny, build(), tmp_path / "killed", ckpt_path=last, always=True)
+    assert loops.difference(again, whole) is None
