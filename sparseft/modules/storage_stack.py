@@ -43,11 +43,13 @@ class _Stacks:
     """Parameter -> its holders, forgotten with the parameter; compared by identity.
 
     torch's WeakTensorKeyDictionary does the same at five times the price, which a switch of two
-    hundred parameters pays six hundred times.
+    hundred parameters pays six hundred times. As in `sparseft.modules.weak_table`, what dies does
+    not change the dict's size: torch.compile may be iterating over it.
     """
 
     def __init__(self) -> None:
         self._found: dict[int, tuple[weakref.ref[Tensor], list[Holder]]] = {}
+        self._gone: list[int] = []
 
     def get(self, parameter: Tensor) -> list[Holder] | None:
         entry = self._found.get(id(parameter))
@@ -57,19 +59,26 @@ class _Stacks:
         """Return the stack of a parameter, a new one if it has none."""
         stack = self.get(parameter)
         if stack is None:
+            self._drop_gone()
             key, stack = id(parameter), []
-            # A model that is dropped while changed leaves nothing here.
-            gone = functools.partial(self._drop, key)
-            self._found[key] = (weakref.ref(parameter, gone), stack)
+            # A model that is dropped while changed leaves no values here.
+            note = functools.partial(self._note, key, stack)
+            self._found[key] = (weakref.ref(parameter, note), stack)
         return stack
 
-    def _drop(self, key: int, dead: weakref.ref[Tensor]) -> None:
-        # The address may have been taken by another parameter meanwhile.
-        if key in self._found and self._found[key][0] is dead:
-            del self._found[key]
+    def _note(self, key: int, stack: list[Holder], dead: weakref.ref[Tensor]) -> None:
+        stack.clear()
+        self._gone.append(key)
+
+    def _drop_gone(self) -> None:
+        while self._gone:
+            key = self._gone.pop()
+            # The address may have been taken by another parameter meanwhile.
+            if key in self._found and self._found[key][0]() is None:
+                del self._found[key]
 
     def __len__(self) -> int:
-        return len(self._found)
+        return sum(reference() is not None for reference, _ in list(self._found.values()))
 
 
 _stacks = _Stacks()
