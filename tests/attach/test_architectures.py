@@ -178,6 +178,12 @@ def trained(name):
     return run
 
 
+@pytest.fixture(scope="module", autouse=True)
+def freed_at_the_end():
+    yield
+    trained.cache_clear()
+
+
 @pytest.fixture(params=PARAMS)
 def run(request):
     return trained(request.param)
