@@ -265,7 +265,7 @@ def test_a_saved_adapter_gives_the_same_logits_on_a_fresh_base(run, tmp_path):
 
 def test_save_pretrained_of_the_attached_model(run, tmp_path):
     if not hasattr(run.model, "save_pretrained"):
-        pytest.skip("a model of torch alone")
+        pytest.skip("save_pretrained: this model is of torch alone")
     run.model.save_pretrained(tmp_path)
     again = type(run.model).from_pretrained(tmp_path)
     how = getattr(run.model.config, "_experts_implementation", None)  # which is not saved

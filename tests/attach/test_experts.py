@@ -435,11 +435,13 @@ def test_memory_is_that_of_the_mask(reads):
             loss.backward()
     matrix = 512 * 512 * 4
     gathered = ROWS * matrix if reads is pairs else 0  # for dX, as in forward
-    assert memory.peak < gathered + matrix / 2 if not gathered else memory.peak < 1.1 * gathered
+    assert memory.peak < (1.1 * gathered if gathered else matrix / 2)
 
 
 def moe(how):
-    transformers = pytest.importorskip("transformers", minversion="5")
+    transformers = pytest.importorskip(
+        "transformers", minversion="5", reason="stacked experts of these models need transformers 5"
+    )
     torch.manual_seed(0)
     config = transformers.Qwen3MoeConfig(
         vocab_size=100, hidden_size=128, num_hidden_layers=2, num_attention_heads=2,

@@ -126,7 +126,9 @@ def test_built_before_attach(loop, tiny, ids, kit):
 
 @pytest.mark.slow
 def test_built_before_attach_in_lightning(tiny, ids, kit):
-    lightning = pytest.importorskip("lightning")
+    lightning = pytest.importorskip(
+        "lightning", reason="Lightning is not installed: pip install lightning"
+    )
 
     class Module(lightning.LightningModule):
         def __init__(self):

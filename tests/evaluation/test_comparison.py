@@ -20,7 +20,7 @@ from sparseft.evaluation.density_plot import plot_densities
 
 @pytest.mark.parametrize("n", [2, 3, 4, 5, 8, 30])
 def test_student_agrees_with_scipy(n):
-    stats = pytest.importorskip("scipy.stats")
+    stats = pytest.importorskip("scipy.stats", reason="SciPy is not installed: pip install scipy")
     for shift in (0.0, 0.4, 2.0):
         values = (torch.randn(n, generator=torch.Generator().manual_seed(n)) + shift).tolist()
         assert student_p(values) == pytest.approx(stats.ttest_1samp(values, 0).pvalue, abs=1e-10)
