@@ -78,15 +78,30 @@ def pytest_unconfigure() -> None:
     gc.unfreeze()  # or the interpreter's end would report what it cannot free
 
 
-@pytest.fixture(scope="session")
-def tiny() -> ModuleType:
-    """The functions of ``_tiny.py`` (test folders are not importable under importlib mode)."""
-    spec = importlib.util.spec_from_file_location("_tiny", Path(__file__).with_name("_tiny.py"))
+def _beside(name: str) -> ModuleType:
+    """Load a file beside this one (test folders are not importable under importlib mode)."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
     if spec is None or spec.loader is None:
-        raise pytest.UsageError("tests/_tiny.py cannot be loaded")
+        raise pytest.UsageError(f"tests/{name}.py cannot be loaded")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def tiny() -> ModuleType:
+    """The functions of ``_tiny.py``."""
+    return _beside("_tiny")
+
+
+@pytest.fixture(scope="session")
+def run_ranks() -> Any:
+    """``run_ranks(function, world_size, *arguments)`` of ``_ranks.py``: several gloo processes."""
+    import torch
+
+    if not torch.distributed.is_gloo_available():
+        pytest.skip("torch was built without gloo, which processes on one CPU talk through")
+    return _beside("_ranks").run_ranks
 
 
 @pytest.fixture(scope="session")
