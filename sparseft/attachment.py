@@ -14,6 +14,8 @@ from torch.optim import Optimizer
 from sparseft.adapter import Adapter, AdapterMetadata
 from sparseft.diff import MaskLike, SparseDiff, SparsePattern
 from sparseft.errors import AttachError, StackOrderError
+from sparseft.modules import agreement
+from sparseft.modules._collective import Group
 from sparseft.modules.adapter_values import load_values_
 from sparseft.modules.class_swap import (
     check_class,
@@ -61,6 +63,7 @@ def attach(
     compact_state_dict: bool = False,
     input_grads: InputGrads = "auto",
     backend: str | None = None,
+    group: Group = None,
 ) -> Attachment:
     """Make a model trainable at masks only, in place.
 
@@ -80,6 +83,9 @@ def attach(
         input_grads: make embedding outputs require grad, which reentrant activation checkpointing
             needs; ``"auto"`` does it while a transformers model uses that.
         backend: of the ops, ``"auto"``, ``"reference"`` or ``"triton"``; None: the ambient choice.
+        group: processes that train together, all of which attach, load and move masks at the same
+            point: one small all-reduce compares them. None: the default group, where
+            torch.distributed is initialised; False: this process alone.
 
     Returns:
         The handle: parameters for an optimizer, `Attachment.adapter`, `Attachment.detach`.
@@ -89,7 +95,7 @@ def attach(
         MaskError: a mask of another shape or type, or no entry kept at all.
         AttachError: a quantised, complex, lazy or meta weight; a mask there already; two names of
             one weight; a declared tie of two dtypes; masks that are neither a mapping nor an
-            `Adapter`; an optimizer that is none.
+            `Adapter`; an optimizer that is none; ranks with other masks, bases or values.
         BaseMismatchError: an `Adapter` made on another base.
 
     Numerics: forward and input gradients are the stock ones. A leaf's gradient is summed in fp32
@@ -116,6 +122,7 @@ def attach(
     full = [n for n in index.names if n in chosen | dense]
     check_roles(index, patterns, full)
     check_ties(model, index, patterns)
+    agreement.check_masks(patterns, full, group)
 
     attachment = Attachment(
         model,
@@ -125,8 +132,11 @@ def attach(
         compact_state_dict=compact_state_dict,
         input_grads=input_grads,
         backend=backend,
+        group=group,
     )
     try:
+        agreement.check_bases(attachment._masked.values(), group)
+        agreement.check_adapter(start, "attach", group)
         if start is not None:
             load_values_(start, index, attachment._masked, attachment.full_params)
             attachment.sync_()
@@ -167,10 +177,12 @@ class Attachment:
         compact_state_dict: bool,
         input_grads: InputGrads,
         backend: str | None,
+        group: Group,
     ) -> None:
         self.model = model
         self.compact_state_dict = compact_state_dict
         self._active = True
+        self._group = group
         self._masked: dict[str, MaskedParameter] = {}
         self._owners = {name: index.owners(name) for name in patterns}
         self._flags = [(p, p.requires_grad) for _, p in index.items()]
@@ -350,8 +362,10 @@ class Attachment:
             UnknownNameError: a tensor that is not masked (or, dense, not in full_params) here.
             MaskError: an entry outside the mask.
             BaseMismatchError: it was made on another base.
+            AttachError: another one on another rank.
         """
         self._check_active("load_adapter_")
+        agreement.check_adapter(adapter, "load_adapter_", self._group)
         if adapter.metadata.fingerprint is not None:
             verify_fingerprint(self.model, adapter.metadata.fingerprint)
         load_values_(adapter, ParameterIndex(self.model), self._masked, self.full_params)
@@ -377,7 +391,7 @@ class Attachment:
             UnknownNameError: a parameter that does not exist or is not masked.
             MaskError: a mask of another shape, or without an entry.
             AttachError: no optimizer, one without these leaves or with other state than entry-wise;
-                a count that changes while several processes train together.
+                a count that changes while several processes train together; ranks that differ.
             StackOrderError: something was applied on top of a masked weight since.
 
         Numerics: step counts stay per tensor, so grown entries enter AdamW without bias
@@ -386,6 +400,7 @@ class Attachment:
         """
         self._check_active("reselect_")
         changes = resolve_changes(ParameterIndex(self.model), self._masked, masks)
+        agreement.check_moves({masked.name: pattern for masked, pattern in changes}, self._group)
         return repattern_(changes, optimizer)
 
     # Leaving.

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import contextlib
+import logging
+import threading
+from collections.abc import Iterator
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -11,11 +15,56 @@ from torch import Tensor
 from sparseft.errors import SparseFtError
 from sparseft.modules.ranks import processes
 
-__all__ = ["Group", "Ranks"]
+__all__ = ["Group", "Ranks", "exchange_device", "patience"]
+
+logger = logging.getLogger(__name__)
 
 # A process group; None: the default one where torch.distributed is initialised; False: this process
 # alone.
 Group = Any | None | Literal[False]
+_Told = TypeVar("_Told")
+
+PATIENCE = 30.0  # seconds
+
+
+def exchange_device(group: Any = None, near: torch.device | None = None) -> torch.device:
+    """Return where tensors have to be for a process group to exchange them.
+
+    Args:
+        group: the process group; None: the default one.
+        near: where they are; kept, where a backend of the group works there. None: the CPU.
+
+    Returns:
+        ``near``; else the CPU (gloo); else this process' current device of the kind that the
+        group's backend works on (nccl: its GPU).
+    """
+    near = near or torch.device("cpu")
+    kinds = [part.split(":")[0] for part in dist.get_backend_config(group).split(",")]
+    if near.type in kinds:
+        return near
+    if "cpu" in kinds:
+        return torch.device("cpu")
+    return torch.device(kinds[0], torch.get_device_module(kinds[0]).current_device())
+
+
+@contextlib.contextmanager
+def patience(what: str) -> Iterator[None]:
+    """Say in the log what this process waits for, if it does so for longer than `PATIENCE`."""
+
+    def say() -> None:
+        logger.warning(
+            "rank %d has waited for %.0f s for the other ranks (%s). Has every rank called it? A "
+            "rank that failed says so in its own log. One that attaches alone, say on rank 0 for "
+            "an evaluation, passes attach(..., group=False).", dist.get_rank(), PATIENCE, what,
+        )  # fmt: skip
+
+    timer = threading.Timer(PATIENCE, say)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 class Ranks:
@@ -32,8 +81,36 @@ class Ranks:
     def sum_(self, tensor: Tensor) -> Tensor:
         """Add up a tensor over all processes, in place; afterwards its bits are the same on all."""
         if self.several:
-            dist.all_reduce(tensor, group=self._group)
+            shared = tensor.to(exchange_device(self._group, tensor.device))
+            dist.all_reduce(shared, group=self._group)
+            if shared is not tensor:
+                tensor.copy_(shared)
         return tensor
+
+    def all_equal(self, words: Tensor, what: str) -> bool:
+        """Whether every process has the same integers; one all-reduce of twice their size.
+
+        Args:
+            words: (n,) int64 on the CPU, the same n everywhere.
+            what: what is compared, for who waits.
+        """
+        if not self.several:
+            return True
+        # The largest of x and of ~x, which is the complement of the smallest x.
+        ends = torch.stack([words, ~words]).to(exchange_device(self._group))
+        with patience(what):
+            dist.all_reduce(ends, op=dist.ReduceOp.MAX, group=self._group)
+            highest, lowest = ends.cpu()
+        return torch.equal(highest, ~lowest)
+
+    def gather(self, told: _Told) -> dict[int, _Told]:
+        """Return what every process of the group told, by its rank in the world."""
+        if not self.several:
+            return {dist.get_rank() if processes() > 1 else 0: told}
+        every: list[Any] = [None] * processes(self._group)
+        dist.all_gather_object(every, told, group=self._group)
+        ranks = dist.get_process_group_ranks(self._group)
+        return dict(zip(ranks, every, strict=True))
 
     def meet(self, place: int, what: str, device: torch.device) -> None:
         """Raise on every process unless all have come to the same ``place``.
@@ -41,11 +118,11 @@ class Ranks:
         Args:
             place: a number for where this process is.
             what: the place in words.
-            device: where the group can exchange tensors.
+            device: of the model.
         """
         if not self.several:
             return
-        ends = torch.tensor([place, -place], device=device)
+        ends = torch.tensor([place, -place], device=exchange_device(self._group, device))
         dist.all_reduce(ends, op=dist.ReduceOp.MAX, group=self._group)
         highest, lowest = ends.tolist()
         if highest != -lowest:

@@ -25,7 +25,7 @@ from sparseft.attachment import Attachment
 from sparseft.diff import SparsePattern
 from sparseft.errors import AttachError, MaskError, ResumeError
 from sparseft.modules.leaves import MaskedParameter
-from sparseft.modules.ranks import check_agreement, processes
+from sparseft.modules.ranks import processes
 from sparseft.modules.riders import board, leave
 from sparseft.modules.transplant import check_optimizer
 from sparseft.training.candidates import Window
@@ -254,7 +254,6 @@ class Reselection:
             return
         rate = self._rate_at(self._done)
         new = drop_and_grow(masks, found, rate=rate, scope=self.scope, drop=self.drop)
-        check_agreement({n: new.get(n, m.pattern) for n, m in masks.items()}, self.group)
         moved = self.attachment.reselect_(new, optimizer=optimizer)
         self.rounds += 1
         self.moved += moved

@@ -1,0 +1,157 @@
+"""Whether processes that train together have the same masks, bases and values, and which do not.
+
+Every process hashes what it has; one all-reduce of 24 bytes says whether all hashes are equal. Only
+where they are not, the hashes of each tensor are gathered, so that every process raises the same
+error. This is the one place that compares ranks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from sparseft._integrity import hash_tensor
+from sparseft._text import first_of
+from sparseft.adapter import Adapter
+from sparseft.diff import SparsePattern
+from sparseft.errors import AttachError
+from sparseft.modules._collective import Group, Ranks
+from sparseft.modules.leaves import MaskedParameter
+
+__all__ = ["check_adapter", "check_bases", "check_masks", "check_moves"]
+
+_SAME_MASKS = (
+    "Masks are to be the same on every rank: select with one seed and the same weights, or select "
+    "on rank 0 and send them with torch.distributed.broadcast_object_list. Masks of processes that "
+    "do not train together: attach(..., group=False)."
+)
+_SAME_BASE = (
+    "Load the same weights on every rank before attach (one checkpoint, or one seed before the "
+    "model is made): DistributedDataParallel would broadcast rank 0's weights over bases that stay "
+    "those of the others, and each rank would write back another sum."
+)
+_SAME_MOVES = (
+    "Their diffs or gradients differ. Do they start from the same weights, and does "
+    "DistributedDataParallel reduce every leaf?"
+)
+_SAME_VALUES = "Load one adapter, from one file, on every rank."
+
+
+def check_masks(patterns: Mapping[str, SparsePattern], full: Iterable[str], group: Group) -> None:
+    """Raise AttachError, on every rank, unless all attach the same masks and train the same heads.
+
+    A collective where `Ranks` are several, as all of these.
+
+    Args:
+        patterns: name -> where it will be trained.
+        full: names of what will be trained densely.
+        group: who trains together.
+    """
+    ranks = Ranks(group)
+    if ranks.several:
+        heads = dict.fromkeys(full, "trained densely")
+        claims = {name: p.digest() for name, p in patterns.items()} | heads
+        _check("attach", "the mask", claims, _SAME_MASKS, ranks)
+
+
+def check_bases(masked: Iterable[MaskedParameter], group: Group) -> None:
+    """Raise AttachError, on every rank, unless the weights at the masks have the same bits."""
+    ranks = Ranks(group)
+    if ranks.several:
+        claims = {m.name: _digest(m.base) for m in masked}
+        _check("attach", "the base weights at the mask", claims, _SAME_BASE, ranks)
+
+
+def check_adapter(adapter: Adapter | None, action: str, group: Group) -> None:
+    """Raise AttachError, on every rank, unless all are about to load the same values, or none.
+
+    Args:
+        adapter: that is loaded.
+        action: what loads it, for the message.
+        group: who trains together.
+    """
+    ranks = Ranks(group)
+    if ranks.several:
+        claims = {}
+        if adapter is not None:
+            claims = {name: diff.digest() for name, diff in adapter.diffs.items()}
+            claims |= {name: _digest(tensor) for name, tensor in adapter.dense.items()}
+        _check(action, "the adapter's diff", claims, _SAME_VALUES, ranks)
+
+
+def check_moves(patterns: Mapping[str, SparsePattern], group: Group) -> None:
+    """Raise AttachError, on every rank, unless all are about to move masks to the same entries."""
+    ranks = Ranks(group)
+    if ranks.several and patterns:
+        claims = {name: p.digest() for name, p in patterns.items()}
+        _check("moving masks", "the new mask", claims, _SAME_MOVES, ranks)
+
+
+def _digest(tensor: Tensor) -> str:
+    digest = hashlib.blake2b(f"{tensor.dtype}:{tuple(tensor.shape)}:".encode(), digest_size=16)
+    hash_tensor(digest, tensor.detach())
+    return digest.hexdigest()
+
+
+def _check(action: str, part: str, claims: Mapping[str, str], fix: str, ranks: Ranks) -> None:
+    """Compare claims (name -> digest) over all ranks; ``action`` and ``part`` name them."""
+    total = hashlib.blake2b(f"{action}:{part}".encode(), digest_size=24)
+    for name, claim in sorted(claims.items()):
+        total.update(f":{len(name)}:{name}:{claim}".encode())
+    text = total.digest()
+    words = [int.from_bytes(text[i : i + 8], "big", signed=True) for i in range(0, 24, 8)]
+    mine = torch.tensor(words)
+    if ranks.all_equal(mine, f"{action}: comparing {part} of {first_of(list(claims), 2)}"):
+        return
+    every = ranks.gather({"doing": f"{action}: {part}", "claims": dict(claims)})
+    raise AttachError(_describe(action, part, every, fix))
+
+
+def _describe(action: str, part: str, every: Mapping[int, dict], fix: str) -> str:
+    doing = {rank: told["doing"] for rank, told in every.items()}
+    if len(set(doing.values())) > 1:
+        steps = "; ".join(f"{_ranks(who)} at {what!r}" for what, who in _sides(doing))
+        return (
+            f"{action}: ranks are not at the same step: {steps}. All of them attach, load and move "
+            "masks together and in one order; a process that does so alone passes group=False to "
+            "attach."
+        )
+    claims = {rank: told["claims"] for rank, told in every.items()}
+    names = list(dict.fromkeys(name for own in claims.values() for name in own))
+    for name in names:
+        has = {rank: str(name in own) for rank, own in claims.items()}
+        if len(set(has.values())) > 1:
+            there = dict(_sides(has))
+            others = sum(any(n not in own for own in claims.values()) for n in names) - 1
+            return (
+                f"{action}: ranks have different sets of tensors: {name!r} "
+                f"{_more(others)}is there on {_ranks(there['True'])} and not on "
+                f"{_ranks(there['False'])}. {fix}"
+            )
+    differ = [name for name in names if len({own[name] for own in claims.values()}) > 1]
+    first = _sides({rank: own[differ[0]] for rank, own in claims.items()})
+    sides = "; ".join(f"{_ranks(who)} against {_ranks(first[0][1])}" for _, who in first[1:])
+    return (
+        f"{action}: ranks disagree on {part} of {differ[0]!r}{' ' * (len(differ) > 1)}"
+        f"{_more(len(differ) - 1).rstrip()}: {sides}. {fix}"
+    )
+
+
+def _more(count: int) -> str:
+    return f"(and {count} more) " if count else ""
+
+
+def _sides(told: Mapping[int, str]) -> list[tuple[str, list[int]]]:
+    """Return what was told with who told it: the most frequent first, then by lowest rank."""
+    sides: dict[str, list[int]] = {}
+    for rank, what in sorted(told.items()):
+        sides.setdefault(what, []).append(rank)
+    return sorted(sides.items(), key=lambda side: (-len(side[1]), side[1][0]))
+
+
+def _ranks(who: Sequence[int]) -> str:
+    text = first_of([str(rank) for rank in who], 8)
+    return f"rank {text}" if len(who) == 1 else f"ranks {text}"
