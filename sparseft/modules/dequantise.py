@@ -1,0 +1,257 @@
+"""Quantised weights of other libraries: which they are, their logical shape, their dense values.
+
+The one place that knows bitsandbytes (4 and 8 bits) and torchao. Nothing of either is imported
+before a weight of its kind is met, and nothing here changes a weight, a scale or a layer.
+
+A packed tensor's own shape and dtype say nothing: 4-bit weights are (numel / 2, 1) of uint8. Shapes
+come from the quantisation state, or from the layer.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparseft.errors import AttachError
+
+__all__ = [
+    "dequantise",
+    "is_opaque",
+    "is_quantised",
+    "logical_shape",
+    "packed_for_cpu",
+    "scheme_of",
+    "stored_tensors",
+    "unpacked_for_cpu",
+]
+
+_KNOWN = "bitsandbytes' Params4bit and Int8Params, and torchao's tensors"
+
+
+def is_opaque(weight: Tensor) -> bool:
+    """Whether a weight's entries cannot be read as they are: quantised, packed, or a subclass.
+
+    Floating types of one byte go with scales, and torch has no arithmetic for them.
+    """
+    plain = weight.is_floating_point() and weight.dtype.itemsize > 1
+    return not plain or type(weight) not in (Tensor, nn.Parameter)
+
+
+def _kind(weight: Tensor) -> str | None:
+    """Return which of the known classes a weight is of: "bnb4", "bnb8", "torchao" or None."""
+    for cls in type(weight).__mro__:
+        library = cls.__module__.partition(".")[0]
+        if library == "torchao" and hasattr(weight, "dequantize"):
+            return "torchao"
+        if library == "bitsandbytes" and cls.__name__ in ("Params4bit", "Int8Params"):
+            return {"Params4bit": "bnb4", "Int8Params": "bnb8"}[cls.__name__]
+    return None
+
+
+def scheme_of(module: nn.Module, attr: str = "weight") -> str | None:
+    """Return how a weight is quantised, e.g. ``"bnb.nf4"`` or ``"torchao.Int8Tensor"``.
+
+    None for plain weights, and for those that no library known here has quantised (yet): a
+    ``Linear4bit`` before it is moved to a device holds plain values.
+    """
+    weight = _weight(module, attr)
+    kind = _kind(weight)
+    if kind == "bnb4":
+        state = _state_of_4bit(module, weight)
+        return None if state is None else f"bnb.{state.quant_type}"
+    if kind == "bnb8":
+        return "bnb.int8" if weight.dtype == torch.int8 else None
+    return f"torchao.{type(weight).__name__}" if kind == "torchao" else None
+
+
+def is_quantised(module: nn.Module, attr: str = "weight") -> bool:
+    """Whether `dequantise` has something to do: a weight of a known library, quantised by now."""
+    return scheme_of(module, attr) is not None
+
+
+def logical_shape(module: nn.Module, attr: str = "weight") -> tuple[int, ...]:
+    """Return the shape of a weight's dense value, whatever it is packed into.
+
+    Masks, diffs and adapters have this shape.
+    """
+    weight = _weight(module, attr)
+    kind = _kind(weight)
+    if kind == "bnb4":
+        state = _state_of_4bit(module, weight)
+        if state is not None:
+            return tuple(int(n) for n in state.shape)
+    sizes = getattr(module, "out_features", None), getattr(module, "in_features", None)
+    packed = kind != "torchao" and is_opaque(weight)
+    if packed and attr == "weight" and all(isinstance(size, int) for size in sizes):
+        return int(sizes[0]), int(sizes[1])  # type: ignore[arg-type]
+    return tuple(weight.shape)
+
+
+def dequantise(
+    module: nn.Module, attr: str = "weight", dtype: torch.dtype | None = None, *, name: str = ""
+) -> Tensor:
+    """Return the dense value of a weight, quantised or not: `logical_shape`, detached.
+
+    Args:
+        module: the layer that has the weight; scales may be kept there and not with the weight.
+        attr: its attribute.
+        dtype: wanted; None: fp32 for bitsandbytes, the tensor's own dtype for torchao, a plain
+            weight's own.
+        name: of the parameter, for messages.
+
+    Raises:
+        AttachError: a weight of no known kind, or one whose library has not quantised it yet; the
+            message names it.
+
+    Numerics: code times scale in fp32 for bitsandbytes, then one rounding to ``dtype``; torchao's
+        ``dequantize()``, rounded to the tensor's dtype, then to ``dtype``.
+
+    A plain weight of the wanted dtype is returned as it is, not copied.
+    """
+    weight = _weight(module, attr)
+    kind = _kind(weight)
+    with torch.no_grad():
+        if kind == "bnb4":
+            dense = _dequantise_4bit(module, attr, name or attr)
+        elif kind == "bnb8":
+            dense = _dequantise_8bit(module, weight, name or attr)
+        elif kind == "torchao":
+            dense = weight.detach().dequantize()
+        elif is_opaque(weight):
+            raise AttachError(
+                f"{name or attr!r} of a {type(module).__qualname__} is a {type(weight).__name__} "
+                f"of {weight.dtype}, whose dense value is unknown here; known are {_KNOWN}. Load "
+                "the model with one of those, or without quantisation."
+            )
+        else:
+            dense = weight.detach()
+        return dense if dtype is None else dense.to(dtype)
+
+
+def stored_tensors(module: nn.Module, attr: str = "weight", *, name: str = "") -> dict[str, Tensor]:
+    """Return every tensor that makes up a quantised weight, by name, in a fixed order.
+
+    Codes and scales as the library stores them; what a CPU layer repacked for inference comes in
+    the layout of before.
+
+    Raises:
+        AttachError: as `dequantise`, and for plain weights.
+    """
+    weight = _weight(module, attr)
+    kind = _kind(weight)
+    if kind == "bnb4":
+        packed, state = _codes_of_4bit(module, attr, name or attr)
+        found = {"codes": packed, "absmax": state.absmax, "quant_map": state.code}
+        if state.nested:
+            found |= {
+                "nested_absmax": state.state2.absmax,
+                "nested_quant_map": state.state2.code,
+                "nested_offset": state.offset,
+            }
+        return found
+    if kind == "bnb8":
+        return {"codes": weight.data, "scales": _scales_of_8bit(module, weight, name or attr)}
+    if kind == "torchao":
+        names, _ = weight.__tensor_flatten__()  # type: ignore[attr-defined]
+        return {n: getattr(weight, n) for n in sorted(names)}
+    raise AttachError(
+        f"{name or attr!r} is a {type(weight).__name__} of {weight.dtype}, which is not quantised "
+        f"in a way known here ({_KNOWN})."
+    )
+
+
+def _weight(module: nn.Module, attr: str) -> Any:
+    weight = module._parameters.get(attr)
+    if weight is None:
+        weight = module._buffers.get(attr)
+    if weight is None:
+        raise AttachError(f"a {type(module).__qualname__} has no parameter or buffer {attr!r}.")
+    return weight
+
+
+# bitsandbytes, 4 bits.
+
+
+def _state_of_4bit(module: nn.Module, weight: Any) -> Any:
+    # FSDP loses the parameter's own; the layer keeps it, too.
+    return getattr(weight, "quant_state", None) or getattr(module, "quant_state", None)
+
+
+def packed_for_cpu(module: nn.Module, attr: str = "weight") -> bool:
+    """Whether bitsandbytes has repacked a 4-bit weight for inference on a CPU with AVX512-BF16.
+
+    It does so at the first forward in eval mode whose input needs no gradient. Scales are bf16 from
+    then on, and there is no backward.
+    """
+    weight = _weight(module, attr)
+    state = _state_of_4bit(module, weight) if _kind(weight) == "bnb4" else None
+    return bool(getattr(state, "packing_format_for_cpu", False))
+
+
+def unpacked_for_cpu(module: nn.Module, attr: str = "weight") -> tuple[Tensor, Any]:
+    """Return codes and state of such a weight in the layout of before, as new objects.
+
+    The library's own way back is not used: of bitsandbytes 0.50 it leaves the scales transposed, or
+    quantises them again. Scales keep their bf16 values, in fp32, so `dequantise` gives the same.
+    """
+    weight = _weight(module, attr)
+    state = copy.copy(_state_of_4bit(module, weight))
+    rows, half = weight.shape
+    # (rows / 32, half, 64) nibbles: 32 low ones, then 32 high ones, of 32 rows at a time.
+    packed = weight.data.reshape(-1, 32)
+    nibbles = torch.cat([packed & 0xF, packed >> 4], dim=-1).view(rows // 32, half, 32, 2)
+    nibbles = nibbles.transpose(1, 2).reshape(-1, 2)
+    codes = ((nibbles[:, 0] << 4) | nibbles[:, 1]).view(state.original_qshape)
+    if (storage := getattr(state, "original_storage_type", None)) is not None:
+        codes = codes.view(storage)
+    state.absmax = state.absmax.t().reshape(-1).float()
+    state.dtype, state.nested, state.packing_format_for_cpu = state.original_dtype, False, False
+    state.state2 = state.offset = None
+    return codes, state
+
+
+def _codes_of_4bit(module: nn.Module, attr: str, name: str) -> tuple[Tensor, Any]:
+    weight = _weight(module, attr)
+    state = _state_of_4bit(module, weight)
+    if state is None:
+        raise AttachError(
+            f"{name!r} is a 4-bit weight of bitsandbytes that is not quantised yet: it is when the "
+            "layer is moved to a device. Call model.to(device) first."
+        )
+    if getattr(state, "packing_format_for_cpu", False):
+        return unpacked_for_cpu(module, attr)
+    return weight.data, state
+
+
+def _dequantise_4bit(module: nn.Module, attr: str, name: str) -> Tensor:
+    from bitsandbytes import functional
+
+    packed, state = _codes_of_4bit(module, attr, name)
+    wide = copy.copy(state)
+    wide.dtype = torch.float32
+    return functional.dequantize_4bit(packed, wide).view(tuple(state.shape))
+
+
+# bitsandbytes, 8 bits.
+
+
+def _scales_of_8bit(module: nn.Module, weight: Any, name: str) -> Tensor:
+    # With the weight until the layer's first forward, in the layer's state afterwards.
+    scales = getattr(weight, "SCB", None)
+    if scales is None:
+        scales = getattr(getattr(module, "state", None), "SCB", None)
+    if weight.dtype != torch.int8 or scales is None:
+        how = "keeps fp16 weights" if getattr(weight, "has_fp16_weights", False) else "is not there"
+        raise AttachError(
+            f"{name!r} is an 8-bit weight of bitsandbytes whose int8 form {how} yet. Make the "
+            "layer with has_fp16_weights=False and call model.to(device) first."
+        )
+    return scales.to(weight.device)
+
+
+def _dequantise_8bit(module: nn.Module, weight: Any, name: str) -> Tensor:
+    scales = _scales_of_8bit(module, weight, name)
+    return weight.data.float() * (scales.float() * (1.0 / 127.0)).view(-1, 1)
