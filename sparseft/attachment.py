@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sparseft.adapter import Adapter, AdapterMetadata
-from sparseft.diff import MaskLike, SparseDiff, SparsePattern
+from sparseft.adapter import Adapter
+from sparseft.diff import MaskLike, SparsePattern
 from sparseft.errors import AttachError, StackOrderError
 from sparseft.modules import agreement
 from sparseft.modules._collective import Group
@@ -35,6 +35,8 @@ from sparseft.modules.input_grads import (
     hook_input_embeddings,
     unhook_input_embeddings,
 )
+from sparseft.modules.leaf_reduction import LeafReduction
+from sparseft.modules.learned import learned_adapter
 from sparseft.modules.leaves import MaskedParameter, leaf_attribute
 from sparseft.modules.mask_plan import check_roles, resolve_masks, warn_if_dense
 from sparseft.modules.mask_report import MaskReport, MaskReports, report_masks
@@ -46,7 +48,7 @@ from sparseft.modules.repattern import repattern_, resolve_changes
 from sparseft.modules.resizing import guard_resizing, unguard_resizing
 from sparseft.modules.riders import listen, unlisten
 from sparseft.modules.running_stats import RunningStatistics
-from sparseft.modules.storage_stack import parents_of
+from sparseft.modules.sharding import Sharding
 from sparseft.modules.transplant import check_optimizer
 
 __all__ = ["Attachment", "MaskReport", "attach", "attachments_of"]
@@ -112,6 +114,7 @@ def attach(
     check_masks(masks)
     if optimizer is not None:
         check_optimizer(optimizer)
+    sharding = Sharding(model)
     index = ParameterIndex(model)
     start = masks if isinstance(masks, Adapter) else None
     dense = {index.resolve(n) for n in start.dense} if start is not None else set()
@@ -122,6 +125,7 @@ def attach(
     full = [n for n in index.names if n in chosen | dense]
     check_roles(index, patterns, full)
     check_ties(model, index, patterns)
+    sharding.check({name: index.get(name) for name in patterns})
     agreement.check_masks(patterns, full, group)
 
     attachment = Attachment(
@@ -133,6 +137,7 @@ def attach(
         input_grads=input_grads,
         backend=backend,
         group=group,
+        sharding=sharding,
     )
     try:
         agreement.check_bases(attachment._masked.values(), group)
@@ -165,6 +170,7 @@ class Attachment:
 
     Attributes:
         model: the model given to `attach`.
+        reduction: what averages gradients of leaves over processes where the model is sharded.
     """
 
     def __init__(
@@ -178,6 +184,7 @@ class Attachment:
         input_grads: InputGrads,
         backend: str | None,
         group: Group,
+        sharding: Sharding,
     ) -> None:
         self.model = model
         self.compact_state_dict = compact_state_dict
@@ -191,6 +198,7 @@ class Attachment:
         self._hooks: list[tuple[nn.Module, int]] = []
         self._at_detach: list[Callable[[], None]] = []
         self._statistics = RunningStatistics(model)
+        self.reduction: LeafReduction | None = None
         model.__dict__.setdefault(ATTACHMENTS, []).append(self)
         try:
             for name, pattern in patterns.items():
@@ -202,12 +210,14 @@ class Attachment:
                     aliases=index.aliases(name),
                     backend=backend,
                     compact=compact_state_dict,
+                    shards=sharding.of(weight),
                 )
                 self._masked[name] = masked
                 for i, (module, attr) in enumerate(self._owners[name]):
                     mask_attribute(module, attr, masked, owner=i == 0)
             for name in full:
-                self._full.append(FullParameter(name, index.get(name)))
+                parameter = index.get(name)
+                self._full.append(FullParameter(name, parameter, sharding.of(parameter)))
                 self._owners[name] = index.owners(name)
             self._placement = Placement(model, self._masked, self._full, self._owners)
             # Gradients left over from dense training would let an optimizer move frozen entries.
@@ -216,6 +226,7 @@ class Attachment:
                 parameter.grad = None
                 parameter.requires_grad_(id(parameter) in trained)
             self._hooks = hook_input_embeddings(model, input_grads)
+            self.reduction = sharding.reduction(self.leaves.values(), self.full_params.values())
             start_compact_state_dict(model)
             listen(model)
             guard_resizing(model)
@@ -330,28 +341,13 @@ class Attachment:
         """
         self._check_active("adapter")
         self._statistics.warn_if_moved()
-        if base_name is None:
-            config = getattr(self.model, "config", None)
-            base_name = getattr(config, "_name_or_path", None) or None
-        diffs = {
-            n: SparseDiff.from_pattern(m.pattern.to("cpu"), m.leaf.detach().to("cpu", copy=True))
-            for n, m in self._masked.items()
-        }
-        dense = {f.name: f.parameter.detach().to("cpu", copy=True) for f in self._full}
-        parents = dict.fromkeys(p for m in self._masked.values() for p in parents_of(m.weight))
         wrong, place = self._misplaced()
         if wrong:
             logger.warning("adapter(): %s", place.describe(wrong))
-        metadata = AdapterMetadata(
-            base_name=base_name,
-            fingerprint=place.fingerprint(wrong),
-            method=method,
-            density=self.density,
-            seed=seed,
-            parents=tuple(parents),
-            extra=extra or {},
-        )
-        return Adapter(diffs, name=name, dense=dense, metadata=metadata)
+        return learned_adapter(
+            self.model, self._masked, self._full, name=name, base_name=base_name,
+            fingerprint=place.fingerprint(wrong), method=method, seed=seed, extra=extra,
+        )  # fmt: skip
 
     def load_adapter_(self, adapter: Adapter) -> None:
         """Set leaves and full parameters from an adapter; masked tensors it lacks go to zero.
@@ -432,6 +428,8 @@ class Attachment:
             for module, _ in self._owners[name]:
                 check_class(module, name)
         wrong, place = self._misplaced()
+        if self.reduction is not None:
+            self.reduction.close()
         while self._at_detach:
             self._at_detach.pop()()
         for name, masked in self._masked.items():

@@ -23,7 +23,7 @@ from sparseft.modules.names import STATE_KEY, canonical_name
 from sparseft.modules.replacing import RefusesReplacing
 from sparseft.modules.rounded import rounded_entries, rounded_key, write_rounded_
 from sparseft.modules.taps import alias_at_mask
-from sparseft.ops import gather_entries
+from sparseft.modules.weight_storage import is_sharded, read_entries
 from sparseft.ops._rounding import rounds_either_way
 
 __all__ = [
@@ -162,7 +162,7 @@ def _verify_base(masked: MaskedParameter, attr: str, state_dict: Any, prefix: st
         )
     if weight is None or weight.shape != masked.weight.shape:
         return False  # absent, or torch reports the shapes
-    found = gather_entries(weight.detach().to(masked.weight), masked.indices)
+    found = read_entries(_like(weight, masked.weight), masked.indices)
     if leaf is not None and leaf.shape == masked.leaf.shape:
         wanted_entries = [masked.expected_entries(leaf)]
         rounded = rounds_either_way(found, masked.base, leaf)  # by stochastic rounding
@@ -181,6 +181,10 @@ def _verify_base(masked: MaskedParameter, attr: str, state_dict: Any, prefix: st
     return rounded
 
 
+def _like(weight: Tensor, wanted: Tensor) -> Tensor:
+    return weight.detach().to(device=wanted.device, dtype=wanted.dtype)
+
+
 def _alias_as_saved(masked: MaskedParameter, attr: str, state_dict: Any, prefix: str) -> bool:
     """Whether loading under another name of a tied weight leaves it a rounding of its diff.
 
@@ -197,8 +201,7 @@ def _alias_as_saved(masked: MaskedParameter, attr: str, state_dict: Any, prefix:
         return False
     masked.follow_weight_()
     found, held = (
-        gather_entries(w.detach().to(masked.weight), masked.indices)
-        for w in (weight, masked.weight)
+        read_entries(_like(w, masked.weight), masked.indices) for w in (weight, masked.weight)
     )
     known = torch.equal(found, held) or not torch.equal(found, masked.base)
     return known and rounds_either_way(found, masked.base, masked.leaf)
@@ -223,6 +226,8 @@ def _property(attr: str) -> property:
     def read(self: nn.Module) -> Tensor | None:
         weight = self._parameters[attr]
         masked = self.__dict__[STATE_KEY][attr]
+        if masked.shards is not None and (weight is None or is_sharded(weight)):
+            return masked.weight  # outside of forward: rows, which no layer computes with
         if weight is None:
             return None
         given = given_weight(weight, masked)

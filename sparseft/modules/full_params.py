@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from sparseft.modules.storage_stack import Holder, holders, pop, push, require_top
+
+if TYPE_CHECKING:
+    from sparseft.modules.sharding import Shards
 
 __all__ = ["FullParameter"]
 
@@ -18,11 +21,13 @@ class FullParameter:
     Args:
         name: canonical name.
         parameter: the model's own; trained in place.
+        shards: of one that ``fully_shard`` has cut: it reduces its gradient, too.
     """
 
-    def __init__(self, name: str, parameter: nn.Parameter) -> None:
+    def __init__(self, name: str, parameter: nn.Parameter, shards: Shards | None = None) -> None:
         self.name = name
         self.parameter = parameter
+        self.shards = shards
         before = parameter.detach().clone()
         self.holder = Holder(f"attach({name!r}, fully trained)", None, before)
         push(parameter, self.holder)
@@ -39,6 +44,8 @@ class FullParameter:
             StackOrderError: something was applied on top since.
         """
         self.require_top("detach")
+        if self.shards is not None:
+            self.shards.settle()
         if restore:
             self.parameter.copy_(self.holder.saved)
         if restore or len(holders(self.parameter)) == 1:

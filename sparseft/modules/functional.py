@@ -50,7 +50,7 @@ def given_weight(weight: Tensor, masked: MaskedParameter) -> Tensor | None:
     leaf = masked.leaf if home is None else home[0]._parameters.get(home[1])
     if leaf is not None and leaf is not masked.leaf:
         return _with_diff(weight, masked, leaf)
-    if weight is not masked.weight:  # e.g. a copy of another dtype, whose gradient nobody wants
+    if not masked.is_weight(weight):  # e.g. a copy of another dtype, whose gradient nobody wants
         wanted = weight.requires_grad and torch.is_grad_enabled()
         return weight if wanted or _transformed() else None
     if masked.leaf.requires_grad and torch.is_grad_enabled() and _transformed():

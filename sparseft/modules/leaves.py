@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from sparseft.diff import SparseDiff, SparsePattern
 from sparseft.modules.storage_stack import Holder, holders, pop, push, require_top
 from sparseft.modules.weak_table import WeakTable
-from sparseft.ops import gather_entries, sum_entries, write_entries_, write_sum_
+from sparseft.modules.weight_storage import OwnEntries, read_entries
+from sparseft.ops import sum_entries, write_entries_, write_sum_
 
 if TYPE_CHECKING:
     from sparseft.modules.placement import Placement
+    from sparseft.modules.sharding import Shards
 
 __all__ = ["MaskedParameter", "leaf_attribute", "masked_by_leaf", "masked_by_weight", "registered"]
 
@@ -66,6 +68,8 @@ class MaskedParameter:
         aliases: its other canonical names.
         backend: backend of the ops, None for the ambient choice.
         compact: state dicts leave the weight out.
+        shards: of a weight that ``fully_shard`` has cut. Leaf, indices and base are whole on every
+            process, each of which writes its own rows; making it is then a collective.
 
     Attributes:
         leaf: (nnz,) fp32 (fp64 for an fp64 weight) trainable diff, zeros at first.
@@ -84,8 +88,11 @@ class MaskedParameter:
         aliases: Iterable[str] = (),
         backend: str | None = None,
         compact: bool = False,
+        shards: Shards | None = None,
     ) -> None:
         self.name = name
+        self.shards = shards
+        self._own: OwnEntries | None = None
         self.aliases = frozenset(aliases)
         self.weight = weight
         self.pattern = pattern
@@ -98,7 +105,7 @@ class MaskedParameter:
         self._data_was_set = False
         self.wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
         self.leaf = nn.Parameter(torch.zeros(pattern.nnz, dtype=self.wide, device=weight.device))
-        base = gather_entries(weight.detach(), pattern.indices, backend=backend)
+        base = read_entries(weight, pattern.indices, backend=backend)
         self.holder = Holder(f"attach({name!r})", pattern.indices, base)
         push(weight, self.holder)
         self.register()
@@ -129,6 +136,22 @@ class MaskedParameter:
             if table.get(parameter) is self:
                 table.remove(parameter)
         remove_idle_hooks()
+
+    def is_weight(self, tensor: Tensor | None) -> bool:
+        """Whether this is the weight: the parameter, or FSDP2's other form of it."""
+        return tensor is self.weight or (self.shards is not None and self.shards.shows(tensor))
+
+    def own_entries(self) -> OwnEntries | None:
+        """Return the entries in this process's rows, ready to be read and written.
+
+        None for a weight that is not sharded.
+        """
+        if self.shards is None:
+            return None
+        self.shards.settle()
+        if self._own is None or not self._own.of(self.weight, self.indices):
+            self._own = OwnEntries(self.weight, self.indices)
+        return self._own
 
     def hand_out(self, alias: Tensor) -> None:
         """Keep the alias that a module just gave as its weight, for `data_was_set`."""
@@ -179,7 +202,20 @@ class MaskedParameter:
         """
         self.require_top(action)
         self.follow_weight_()
-        write_sum_(self.weight, self.indices, self.base, self.leaf, backend=self.backend)
+        own = self.own_entries()
+        if own is None:
+            write_sum_(self.weight, self.indices, self.base, self.leaf, backend=self.backend)
+        else:
+            own.write_sum(self.base, self.leaf.detach(), backend=self.backend)
+
+    @torch.no_grad()
+    def write_entries_(self, values: Tensor) -> None:
+        """Write ``weight[indices] = values``, (nnz,) in the weight's dtype, bit for bit."""
+        own = self.own_entries()
+        if own is None:
+            write_entries_(self.weight, self.indices, values, backend=self.backend)
+        else:
+            own.write(values, backend=self.backend)
 
     def expected_entries(self, values: Tensor) -> Tensor:
         """Return ``rn(base + values)``, what the weight holds at the mask for a given diff."""
@@ -197,7 +233,7 @@ class MaskedParameter:
         self.require_top("detach")
         self.follow_weight_()
         if restore:
-            write_entries_(self.weight, self.indices, self.base, backend=self.backend)
+            self.write_entries_(self.base)
         self.unregister()
         if restore or len(holders(self.weight)) == 1:
             pop(self.weight, self.holder, name=self.name)
@@ -217,7 +253,7 @@ class MaskedParameter:
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
         del state["placement"]  # which sets it again, if the whole model is copied
-        state["_handed_out"] = None
+        state["_handed_out"] = state["_own"] = None
         stack = holders(self.weight)
         # What lies beneath, so that the copy's bottom base is the original's.
         state["_beneath"] = stack[: stack.index(self.holder)] if self.holder in stack else ()

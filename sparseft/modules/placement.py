@@ -22,6 +22,7 @@ from sparseft.modules.class_swap import MaskedModule
 from sparseft.modules.full_params import FullParameter
 from sparseft.modules.leaves import MaskedParameter
 from sparseft.modules.storage_stack import bottom_value
+from sparseft.modules.weight_storage import OwnEntries, is_sharded, own_rows
 from sparseft.ops import gather_entries
 
 __all__ = ["DETACHED", "Misplaced", "Placement", "placements"]
@@ -62,6 +63,8 @@ class Misplaced(NamedTuple):
 
 
 def _address(weight: Tensor) -> int:
+    if is_sharded(weight):
+        return own_rows(weight).local.data_ptr()
     # A stand-in without memory (FakeTensor) has none.
     return weight.data_ptr() if type(weight) is nn.Parameter else 0
 
@@ -95,6 +98,8 @@ class Placement:
         owners: Mapping[str, Owners],
     ) -> None:
         self._model, self._masked, self._full, self._owners = model, masked, full, owners
+        held = [*(m.shards for m in masked.values()), *(f.shards for f in full)]
+        self._shards = [shards for shards in held if shards is not None]
         self.stepped = False
         self.warned: set[str] = set()
         self._start()
@@ -137,10 +142,16 @@ class Placement:
 
     def check(self) -> None:
         """Raise AttachError unless each weight is where its mask was attached."""
+        self.settle()
         if not self._intact():
             wrong = self.misplaced()
             if wrong:
                 raise AttachError(self.describe(wrong))
+
+    def settle(self) -> None:
+        """Have sharded modules show their rows."""
+        for shards in self._shards:
+            shards.settle()
 
     def describe(self, wrong: Mapping[str, Misplaced]) -> str:
         """Say what is wrong and what to do."""
@@ -164,8 +175,11 @@ class Placement:
                     return False
             if masked is None:
                 continue
-            if addresses is not None and addresses != (parameter.data_ptr(), leaf.data_ptr()):
-                return False
+            if addresses is not None:
+                plain = masked.shards is None
+                now = parameter.data_ptr() if plain else _address(parameter)
+                if addresses != (now, leaf.data_ptr()):
+                    return False
             if masked.data_was_set():
                 return False
         return all(parent._modules.get(name) is child for parent, name, child in self._links)
@@ -176,7 +190,7 @@ class Placement:
         for name, masked in self._masked.items():
             weight, leaf = masked.weight, masked.leaf
             self._addresses[name] = _address(weight)
-            addresses = (weight.data_ptr(), leaf.data_ptr()) if _address(weight) else None
+            addresses = (_address(weight), leaf.data_ptr()) if _address(weight) else None
             holders = [(m, attr, type(m)) for m, attr in self._owners[name]]
             known.append((masked, weight, leaf, addresses, holders))
         for f in self._full:
@@ -187,6 +201,7 @@ class Placement:
 
     def misplaced(self) -> dict[str, Misplaced]:
         """Return what is wrong, by name; nothing if all has its place, which is then remembered."""
+        self.settle()
         reachable = {id(module) for module in self._model.modules()}
         wrong = {}
         for name, masked in self._masked.items():
@@ -287,9 +302,14 @@ def _memory(masked: MaskedParameter, known: int | None) -> Misplaced | None:
         return None  # nothing can be read here; what is captured has been stepped before
     if not weight.is_floating_point():
         return Misplaced(f"its .data is {_describe(weight)}, wanted floating values", True)
-    found = gather_entries(weight.detach(), masked.indices.to(weight.device))
-    base = masked.base.to(weight.device)
-    summed = base.double() + masked.leaf.detach().to(weight.device, torch.float64)
+    indices, base = masked.indices.to(weight.device), masked.base.to(weight.device)
+    leaf = masked.leaf.detach().to(weight.device, torch.float64)
+    if is_sharded(weight):  # other processes may see nothing, so each looks at its own rows
+        own = OwnEntries(weight, indices)
+        found, base, leaf = own.read(), base[own.where], leaf[own.where]
+    else:
+        found = gather_entries(weight.detach(), indices)
+    summed = base.double() + leaf
     # Rounded once or twice (a cast), to nearest or stochastically.
     kinds = [torch.finfo(d) for d in (base.dtype, found.dtype)]
     spacing, least = max(k.eps for k in kinds), max(k.tiny * k.eps for k in kinds)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from sparseft.errors import AttachError
 from sparseft.modules.class_swap import masked_attributes
 from sparseft.modules.leaves import leaf_attribute
 from sparseft.modules.names import ParameterIndex, end_embeddings
+from sparseft.modules.weight_storage import is_sharded
 
 __all__ = ["check_maskable", "check_masks", "check_overlaps", "check_ties"]
 
@@ -79,11 +81,13 @@ def _check_tensor(name: str, parameter: nn.Parameter) -> None:
             "real parameters, or train it through full_params."
         )
     plain = type(parameter) is nn.Parameter or _is_fake(parameter)
+    # How it is cut, `sparseft.modules.sharding` looks at.
+    plain = plain or (is_sharded(parameter) and type(cast(Any, parameter).to_local()) is Tensor)
     if not plain or parameter.dtype not in _DTYPES:
         kind = f"{type(parameter).__name__} of {parameter.dtype}"
         raise AttachError(
             f"{name!r} is a {kind}, wanted a plain nn.Parameter of float32, bfloat16, float16 or "
-            "float64. Quantised and sharded weights cannot hold base + diff in place: load the "
+            "float64. Quantised weights cannot hold base + diff in place: load the "
             "model without quantisation."
         )
     if any(n > 1 and s == 0 for n, s in zip(parameter.shape, parameter.stride(), strict=True)):

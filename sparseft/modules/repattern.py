@@ -28,7 +28,7 @@ from sparseft.modules.transplant import (
     stepped,
     transplant_,
 )
-from sparseft.ops import gather_entries, write_entries_
+from sparseft.modules.weight_storage import read_entries, write_entries
 from sparseft.ops._common import bits
 
 __all__ = ["repattern_", "resolve_changes"]
@@ -105,7 +105,8 @@ def _check_pattern(masked: MaskedParameter, pattern: SparsePattern) -> None:
             f"{name!r}: the new pattern keeps no entry. Leave at least one, or detach and attach "
             "without this weight."
         )
-    if pattern.nnz != now.nnz and processes() > 1:
+    # Leaves of a sharded weight go through LeafReduction, which looks at their sizes each time.
+    if pattern.nnz != now.nnz and masked.shards is None and processes() > 1:
         raise AttachError(
             f"{name!r}: {now.nnz} entries cannot become {pattern.nnz} while {processes()} "
             "processes train together: DistributedDataParallel has buckets for the leaf's size. "
@@ -121,9 +122,11 @@ def _move_(masked: MaskedParameter, pattern: SparsePattern, optimizers: list[Any
 
     # Outside of the old mask the weight is the base.
     base = moves.apply(masked.base)
-    fresh = gather_entries(weight.detach(), pattern.indices[grown], backend=backend)
+    fresh = read_entries(weight, pattern.indices[grown], backend=backend)
     bits(base)[grown] = bits(fresh)
-    write_entries_(weight, indices[dropped], masked.base[dropped], backend=backend)
+    if masked.shards is not None:
+        masked.shards.settle()
+    write_entries(weight, indices[dropped], masked.base[dropped], backend=backend)
     masked.pattern = pattern
     masked.holder.indices, masked.holder.saved = pattern.indices, base
 

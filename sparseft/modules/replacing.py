@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from sparseft.errors import AttachError
 from sparseft.modules.leaves import MaskedParameter, leaf_attribute
 from sparseft.modules.names import STATE_KEY
+from sparseft.modules.weight_storage import is_sharded, own_rows
 
 __all__ = ["RefusesReplacing"]
 
@@ -22,7 +23,8 @@ __all__ = ["RefusesReplacing"]
 def _same_memory(a: Tensor, b: Tensor) -> bool:
     """Whether one is the other, or an alias of all of it: a transposed view is none."""
     return a is b or (
-        a.shape == b.shape
+        not (is_sharded(a) or is_sharded(b))
+        and a.shape == b.shape
         and a.stride() == b.stride()
         and a.storage_offset() == b.storage_offset()
         and a.untyped_storage()._cdata == b.untyped_storage()._cdata
@@ -39,11 +41,16 @@ class RefusesReplacing(nn.Module):
         for attr, masked in self._masks().items():
             if name not in (attr, leaf_attribute(attr)):
                 continue
+            if masked.shards is not None and name == attr and masked.shards.shows(value):
+                self._parameters[name] = value  # cut and whole, around each forward and backward
+                return
             current = self._parameters.get(name)
             # Tying code assigns what it read, which may be an alias: nothing to do then.
             tied = name == attr and isinstance(value, Tensor)
             if value is current or (tied and _same_memory(value, masked.weight)):
                 return
+            if isinstance(value, Tensor) and is_sharded(value):
+                raise _cannot_shard(name, masked)
             raise _cannot("replace", name, masked)
         super().__setattr__(name, value)
 
@@ -78,7 +85,15 @@ class RefusesReplacing(nn.Module):
                     "its values and its diff would be lost. Keep attachment.adapter(), detach(), "
                     "then move the model."
                 )
-        super()._apply(fn, recurse)
+        sharded = {attr: masked for attr, masked in masks.items() if masked.shards is not None}
+        for attr, masked in sharded.items():
+            _refuse_conversion(masked, fn)
+            # Torch would swap the insides of a DTensor, even for what it is already.
+            self._parameters[attr] = None
+        try:
+            super()._apply(fn, recurse)
+        finally:
+            self._parameters.update((attr, masked.weight) for attr, masked in sharded.items())
         for attr, masked in masks.items():
             current = self._parameters[attr]
             # torch.__future__.set_overwrite_module_params_on_conversion makes new parameters.
@@ -86,6 +101,28 @@ class RefusesReplacing(nn.Module):
                 masked.weight.data = current.data
                 self._parameters[attr] = masked.weight
         return self
+
+
+def _refuse_conversion(masked: MaskedParameter, fn: Callable[[Tensor], Tensor]) -> None:
+    if masked.shards is not None:
+        masked.shards.settle()
+    local = own_rows(masked.weight).local
+    after = fn(local)
+    if (after.dtype, after.device) != (local.dtype, local.device):
+        raise AttachError(
+            f"{masked.name!r} is sharded and has a mask attached, so it cannot go from "
+            f"{local.dtype} on {local.device} to {after.dtype} on {after.device}. Cast and move "
+            "the model before fully_shard and attach; for compute in a lower precision give "
+            "fully_shard mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16)."
+        )
+
+
+def _cannot_shard(name: str, masked: MaskedParameter) -> AttachError:
+    return AttachError(
+        f"cannot shard {name!r}: {masked.name!r} has a mask attached. Call fully_shard on the "
+        "layers and on the model first, load the weights, then attach; sparse.parameters() are "
+        "reduced by the attachment and go to the optimizer as they are."
+    )
 
 
 def _cannot(do: str, name: str, masked: MaskedParameter) -> AttachError:

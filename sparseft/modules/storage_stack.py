@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sparseft.errors import StackOrderError
-from sparseft.ops import write_entries_
+from sparseft.modules.weight_storage import write_entries
 
 __all__ = ["Holder", "bottom_value", "holders", "parents_of", "pop", "push", "require_top"]
 
@@ -137,7 +137,7 @@ def pop(parameter: Tensor, holder: Holder, *, name: str = "parameter") -> None:
 def bottom_value(parameter: Tensor) -> Tensor:
     """Return the tensor as it was before every holder: the bottom base.
 
-    The parameter itself (detached) when nobody holds it, else a copy.
+    The parameter itself (detached) when nobody holds it, else a copy; sharded as it is.
     """
     stack = holders(parameter)
     value = parameter.detach()
@@ -149,7 +149,7 @@ def bottom_value(parameter: Tensor) -> Tensor:
         if holder.indices is None:
             value.copy_(saved)
         else:
-            write_entries_(value, holder.indices.to(value.device), saved)
+            write_entries(value, holder.indices.to(value.device), saved)
     return value
 
 
