@@ -64,9 +64,9 @@ def make(kind: str, dtype: torch.dtype = torch.float32, **options: Any) -> Net:
 
 
 def attached(model: Net, **options: Any) -> sparseft.Attachment:
-    """Masks over every matrix; the classifier's head is trained densely."""
+    """Masks over every tensor, norms and biases, too; a classifier's head is trained densely."""
     head = ["head.*"] if model.kind == "classifier" else []
-    masks = sparseft.select(model, "random", density=0.15, seed=3, exclude=["head.*", "*.bias"])
+    masks = sparseft.select(model, "random", density=0.15, seed=3, scope="tensor", exclude=head)
     return sparseft.attach(model, masks, full_params=head, **options)
 
 
