@@ -7,7 +7,7 @@ two weak registries here: by leaf and by weight.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -76,8 +76,13 @@ class MaskedParameter:
         holder: its place on the weight's storage stack; keeps indices and base.
         wide: dtype of the leaf, whatever becomes of the weight's.
         placement: of its attachment; None for a copy of the module alone.
+        separate: whether the weight is left alone and the diff's product added beside it.
+        scheme: how the weight is quantised, "" where it is not.
         home: the module that has the leaf among its parameters, and under which name.
     """
+
+    separate: ClassVar[bool] = False
+    scheme: str = ""
 
     def __init__(
         self,
@@ -90,9 +95,27 @@ class MaskedParameter:
         compact: bool = False,
         shards: Shards | None = None,
     ) -> None:
-        self.name = name
+        self.start(name, weight, pattern, aliases=aliases, backend=backend, compact=compact)
         self.shards = shards
-        self._own: OwnEntries | None = None
+        self.wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        self.leaf = nn.Parameter(torch.zeros(pattern.nnz, dtype=self.wide, device=weight.device))
+        base = read_entries(weight, pattern.indices, backend=backend)
+        self.holder = Holder(f"attach({name!r})", pattern.indices, base)
+        push(weight, self.holder)
+        self.register()
+
+    def start(
+        self,
+        name: str,
+        weight: nn.Parameter,
+        pattern: SparsePattern,
+        *,
+        aliases: Iterable[str],
+        backend: str | None,
+        compact: bool,
+    ) -> None:
+        """Set what every kind of masked parameter has; arguments as of the class."""
+        self.name = name
         self.aliases = frozenset(aliases)
         self.weight = weight
         self.pattern = pattern
@@ -103,12 +126,8 @@ class MaskedParameter:
         self.placement: Placement | None = None
         self._handed_out: tuple[Tensor, int] | None = None
         self._data_was_set = False
-        self.wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        self.leaf = nn.Parameter(torch.zeros(pattern.nnz, dtype=self.wide, device=weight.device))
-        base = read_entries(weight, pattern.indices, backend=backend)
-        self.holder = Holder(f"attach({name!r})", pattern.indices, base)
-        push(weight, self.holder)
-        self.register()
+        self.shards: Shards | None = None
+        self._own: OwnEntries | None = None
 
     @property
     def indices(self) -> Tensor:
