@@ -21,12 +21,15 @@ __all__ = [
     "SAMPLES",
     "Fingerprint",
     "TensorFingerprint",
+    "Verdict",
     "compare",
     "fingerprint_tensor",
     "sample_positions",
 ]
 
 SAMPLES = 16
+
+Verdict = Literal["equal", "cast", "quantised", "different"]
 
 
 @dataclass(frozen=True)
@@ -35,15 +38,19 @@ class TensorFingerprint:
 
     Args:
         shape: its shape.
-        dtype: its dtype without the ``torch.`` prefix, e.g. ``"bfloat16"``.
-        digest: 32 hex digits of BLAKE2b over its raw bytes.
-        samples: fp32 values at `sample_positions`; empty for a tensor without entries.
+        dtype: its dtype without the ``torch.`` prefix, e.g. ``"bfloat16"``; of a quantised tensor
+            the scheme, e.g. ``"bnb.nf4"``.
+        digest: 32 hex digits of BLAKE2b over its raw bytes: codes and scales, where quantised.
+        samples: fp32 values at `sample_positions`, dequantised; empty for a tensor without entries.
+        step: how far neighbouring values of a quantised tensor are apart, at most, where the
+            samples are; 0 for others.
     """
 
     shape: tuple[int, ...]
     dtype: str
     digest: str
     samples: tuple[float, ...]
+    step: float = 0.0
 
     def __str__(self) -> str:
         head = ", ".join(f"{s:.6g}" for s in self.samples[:3])
@@ -111,19 +118,30 @@ def _same_up_to_cast(x: float, y: float, a_dtype: str, b_dtype: str) -> bool:
     return abs(x - y) <= (ua + ub) * max(abs(x), abs(y)) + sa + sb
 
 
-def compare(a: TensorFingerprint, b: TensorFingerprint) -> Literal["equal", "cast", "different"]:
+def compare(a: TensorFingerprint, b: TensorFingerprint) -> Verdict:
     """Say whether two fingerprints, taken under one name, are of the same base tensor.
 
     "equal": same shape, dtype and bytes. "cast": same shape, different dtypes, and every sample
-    equal up to the rounding of the coarser dtype. "different": anything else; within one dtype any
-    changed byte counts, because no cast can have happened.
+    equal up to the rounding of the coarser dtype. "quantised": at least one side is, and every
+    sample equal within one quantisation step of each side that is; by the same scheme, within the
+    rounding of scales to bf16. "different": anything else; within one plain dtype any changed byte
+    counts, because no cast can have happened.
+
+    "quantised" is weaker than the others: a base that was fine-tuned a little looks the same.
     """
     if a.shape != b.shape:
         return "different"
-    if a.dtype == b.dtype:
-        return "equal" if a.digest == b.digest else "different"
+    if a.dtype == b.dtype and a.digest == b.digest:
+        return "equal"
     if len(a.samples) != len(b.samples):
         return "different"
-    pairs = zip(a.samples, b.samples, strict=True)
+    pairs = list(zip(a.samples, b.samples, strict=True))
+    if a.step or b.step:
+        rounding = _rounding("bfloat16")[0] if a.dtype == b.dtype else 0.0
+        step = 0.0 if a.dtype == b.dtype else a.step + b.step
+        near = all(abs(x - y) <= step + 2 * rounding * max(abs(x), abs(y)) for x, y in pairs)
+        return "quantised" if near else "different"
+    if a.dtype == b.dtype:
+        return "different"
     same = all(_same_up_to_cast(x, y, a.dtype, b.dtype) for x, y in pairs)
     return "cast" if same else "different"

@@ -27,6 +27,7 @@ from sparseft.io import atomic_write_json
 from sparseft.io.checkpoint_files import CheckpointFiles
 from sparseft.io.checkpoint_shards import Shard, TensorInfo, dtype_name
 from sparseft.io.checkpoint_writer import aligned, write_safetensors
+from sparseft.modules.fingerprint import warn_of_quantised
 from sparseft.ops import gather_entries, write_entries_
 
 __all__ = ["StoredOtherwiseError", "StreamedMerge"]
@@ -175,6 +176,7 @@ class StreamedMerge:
     def _check_contents(self, check_base: bool) -> None:
         """Compare fingerprints, and the copies of tied tensors; reads what the diffs touch."""
         casts: dict[str, list[str]] = {}
+        quantised: dict[str, list[str]] = {}
         for name, parts in self.touched.items():
             first, *others = self.homes[name]
             for other in others:
@@ -204,6 +206,10 @@ class StreamedMerge:
                     )
                 if verdict == "cast":
                     casts.setdefault(loaded.name, []).append(own)
+                if verdict == "quantised":
+                    quantised.setdefault(loaded.name, []).append(own)
+        for adapter, names in quantised.items():
+            warn_of_quantised(f"adapter {adapter!r}", names)
         for adapter, names in casts.items():
             logger.info(
                 "adapter %r: %d base tensors are a cast of those it was made on (%s): accepted",

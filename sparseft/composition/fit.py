@@ -16,8 +16,9 @@ from sparseft._text import did_you_mean
 from sparseft.adapter import Adapter
 from sparseft.diff import VALUE_DTYPES
 from sparseft.errors import BaseMismatchError, CompositionError, UnknownNameError
-from sparseft.fingerprint import TensorFingerprint, compare, fingerprint_tensor
-from sparseft.modules import ParameterIndex, bottom_value
+from sparseft.fingerprint import TensorFingerprint, compare
+from sparseft.modules import ParameterIndex
+from sparseft.modules.fingerprint import fingerprint_base, warn_of_quantised
 from sparseft.modules.prefixes import find_name, names_around
 
 __all__ = ["Dense", "Fit", "Fitter", "Loaded", "Missing"]
@@ -236,7 +237,8 @@ class Fitter:
         fingerprint = loaded.adapter.metadata.fingerprint
         if fingerprint is None:
             return
-        casts = []
+        casts: list[str] = []
+        requantised: list[str] = []
         for name, own in fit.diffs.items():
             wanted = fingerprint.tensors.get(own)
             if wanted is None:
@@ -245,7 +247,7 @@ class Fitter:
             key = (name, own)
             if key not in self._prints:
                 with torch.no_grad():
-                    self._prints[key] = fingerprint_tensor(own, bottom_value(self.index.get(name)))
+                    self._prints[key] = fingerprint_base(self.index, name, own)
             verdict = compare(wanted, self._prints[key])
             if verdict == "different":
                 base = loaded.adapter.metadata.base_name
@@ -257,6 +259,10 @@ class Fitter:
                 )
             if verdict == "cast":
                 casts.append(own)
+            if verdict == "quantised":
+                requantised.append(own)
+        if requantised:
+            warn_of_quantised(f"adapter {loaded.name!r}", requantised)
         if casts:
             logger.info(
                 "adapter %r: %d base tensors are a cast of those it was made on (%s): accepted",

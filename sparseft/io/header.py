@@ -297,7 +297,8 @@ def _fingerprint(check: Checker, text: str) -> Fingerprint | None:
     tensors: dict[str, TensorFingerprint] = {}
     for name, value in check.object(document, "metadata 'fingerprint'").items():
         what = f"fingerprint of {check.string(name, 'a parameter name')!r}"
-        entry = check.fields(value, ("digest", "dtype", "samples", "shape"), what)
+        step = ("step",) if isinstance(value, dict) and "step" in value else ()
+        entry = check.fields(value, ("digest", "dtype", "samples", "shape", *step), what)
         shape = check.shape(entry["shape"], what)
         samples = entry["samples"]
         wanted = SAMPLES if math.prod(shape) else 0
@@ -311,5 +312,6 @@ def _fingerprint(check: Checker, text: str) -> Fingerprint | None:
                 float(s) if s in ("nan", "inf", "-inf") else check.number(s, f"a sample of {what}")
                 for s in samples
             ),
+            step=check.number(entry["step"], f"step of {what}") if step else 0.0,
         )
     return Fingerprint(tensors)

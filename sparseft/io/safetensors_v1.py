@@ -40,7 +40,8 @@ Metadata, all required. Values are strings; those marked JSON hold a JSON docume
     ``dense``: NAME to ``digest`` (as `dense_digest`).
 ``fingerprint`` (JSON)
     null, or NAME to ``shape``, ``dtype``, ``digest`` and ``samples`` of the base tensor
-    (`sparseft.fingerprint`); non-finite samples are the strings ``"nan"``, ``"inf"``, ``"-inf"``.
+    (`sparseft.fingerprint`), and ``step`` (number) where that is quantised; non-finite samples are
+    the strings ``"nan"``, ``"inf"``, ``"-inf"``.
 ``checksum``
     32 hex digits, BLAKE2b of 16 bytes over the canonical JSON (sorted keys, no spaces, UTF-8) of
     ``{"metadata": all other metadata, "tensors": {tensor name: [dtype, shape]}}``. Independent of
@@ -160,6 +161,7 @@ def _fingerprint(fingerprint: Fingerprint | None) -> dict[str, Any] | None:
             "dtype": t.dtype,
             "digest": t.digest,
             "samples": [s if math.isfinite(s) else str(s) for s in t.samples],
+            **({"step": t.step} if t.step else {}),
         }
         for name, t in fingerprint.tensors.items()
     }

@@ -1,7 +1,7 @@
 """Quantised weights of other libraries: which they are, their logical shape, their dense values.
 
 The one place that knows bitsandbytes (4 and 8 bits) and torchao. Nothing of either is imported
-before a weight of its kind is met, and nothing here changes a weight, a scale or a layer.
+before a weight of its kind is met, and nothing here changes a value.
 
 A packed tensor's own shape and dtype say nothing: 4-bit weights are (numel / 2, 1) of uint8. Shapes
 come from the quantisation state, or from the layer.
@@ -21,11 +21,12 @@ __all__ = [
     "dequantise",
     "is_opaque",
     "is_quantised",
+    "keep_trainable",
+    "let_repack",
     "logical_shape",
-    "packed_for_cpu",
     "scheme_of",
     "stored_tensors",
-    "unpacked_for_cpu",
+    "take_stored",
 ]
 
 _KNOWN = "bitsandbytes' Params4bit and Int8Params, and torchao's tensors"
@@ -155,7 +156,7 @@ def stored_tensors(module: nn.Module, attr: str = "weight", *, name: str = "") -
     if kind == "bnb8":
         return {"codes": weight.data, "scales": _scales_of_8bit(module, weight, name or attr)}
     if kind == "torchao":
-        names, _ = weight.__tensor_flatten__()  # type: ignore[attr-defined]
+        names, _ = weight.__tensor_flatten__()
         return {n: getattr(weight, n) for n in sorted(names)}
     raise AttachError(
         f"{name or attr!r} is a {type(weight).__name__} of {weight.dtype}, which is not quantised "
@@ -163,8 +164,50 @@ def stored_tensors(module: nn.Module, attr: str = "weight", *, name: str = "") -
     )
 
 
+def take_stored(module: nn.Module, attr: str, state_dict: Any, prefix: str) -> str | None:
+    """Take the entries of a quantised weight out of a state dict, and compare them with its own.
+
+    Args:
+        module, attr: the weight.
+        state_dict: with keys of ``module.state_dict(prefix=prefix)``; changed.
+        prefix: of the module.
+
+    Returns:
+        The key of the first entry that is another, None where all are the same or none is there.
+    """
+    stored = stored_tensors(module, attr).items()
+    mine = {_KEYS.get(n, n): t for n, t in stored if n not in _INSIDE}
+    given = {
+        k: state_dict.pop(prefix + k) for k in ("SCB", "weight_format") if prefix + k in state_dict
+    }
+    for key in [k for k in state_dict if k.startswith(f"{prefix}{attr}.")]:
+        given[key[len(prefix + attr) + 1 :]] = state_dict.pop(key)
+    weight = state_dict.pop(prefix + attr, None)
+    if weight is None:
+        return None  # none is there, or a compact checkpoint
+    if _kind(weight) == "torchao":
+        names, _ = weight.__tensor_flatten__()
+        given = {n: getattr(weight, n) for n in names}
+    else:
+        given["codes"] = weight.data
+    for key, tensor in mine.items():
+        other = given.get(key)
+        if not isinstance(other, Tensor) or not _same(tensor, other):
+            return prefix + (attr if key in ("codes", "SCB") else f"{attr}.{key}")
+    return None
+
+
+# What state dicts call them.
+_KEYS = {"scales": "SCB"}
+_INSIDE = ("nested_offset",)  # of the quant_state that bitsandbytes packs as text
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b.to(a.device))
+
+
 def _weight(module: nn.Module, attr: str) -> Any:
-    weight = module._parameters.get(attr)
+    weight: Tensor | None = module._parameters.get(attr)
     if weight is None:
         weight = module._buffers.get(attr)
     if weight is None:
@@ -180,25 +223,22 @@ def _state_of_4bit(module: nn.Module, weight: Any) -> Any:
     return getattr(weight, "quant_state", None) or getattr(module, "quant_state", None)
 
 
-def packed_for_cpu(module: nn.Module, attr: str = "weight") -> bool:
+def _packed_for_cpu(state: Any) -> bool:
     """Whether bitsandbytes has repacked a 4-bit weight for inference on a CPU with AVX512-BF16.
 
     It does so at the first forward in eval mode whose input needs no gradient. Scales are bf16 from
     then on, and there is no backward.
     """
-    weight = _weight(module, attr)
-    state = _state_of_4bit(module, weight) if _kind(weight) == "bnb4" else None
     return bool(getattr(state, "packing_format_for_cpu", False))
 
 
-def unpacked_for_cpu(module: nn.Module, attr: str = "weight") -> tuple[Tensor, Any]:
+def _unpacked(weight: Any, state: Any) -> tuple[Tensor, Any]:
     """Return codes and state of such a weight in the layout of before, as new objects.
 
     The library's own way back is not used: of bitsandbytes 0.50 it leaves the scales transposed, or
     quantises them again. Scales keep their bf16 values, in fp32, so `dequantise` gives the same.
     """
-    weight = _weight(module, attr)
-    state = copy.copy(_state_of_4bit(module, weight))
+    state = copy.copy(state)
     rows, half = weight.shape
     # (rows / 32, half, 64) nibbles: 32 low ones, then 32 high ones, of 32 rows at a time.
     packed = weight.data.reshape(-1, 32)
@@ -213,6 +253,33 @@ def unpacked_for_cpu(module: nn.Module, attr: str = "weight") -> tuple[Tensor, A
     return codes, state
 
 
+def keep_trainable(module: nn.Module, attr: str = "weight") -> None:
+    """Keep a 4-bit layer from repacking its weight for inference, and undo it where it has.
+
+    Repacked, it cannot train; undone, its dense value is what it was repacked. Does nothing to
+    other layers.
+    """
+    weight = _weight(module, attr)
+    if _kind(weight) != "bnb4":
+        return
+    state = _state_of_4bit(module, weight)
+    if _packed_for_cpu(state):
+        weight.data, weight.quant_state = _unpacked(weight, state)
+        module.quant_state = weight.quant_state
+    if getattr(module, _REPACKS, False):
+        module.__dict__[_REPACKS_LATER] = getattr(module, _REPACKS)
+        setattr(module, _REPACKS, False)
+
+
+def let_repack(module: nn.Module) -> None:
+    """Undo `keep_trainable`: inference may repack the weight again."""
+    if _REPACKS_LATER in module.__dict__:
+        setattr(module, _REPACKS, module.__dict__.pop(_REPACKS_LATER))
+
+
+_REPACKS, _REPACKS_LATER = "support_avx512bf16_for_cpu", "_sparseft_repacks"
+
+
 def _codes_of_4bit(module: nn.Module, attr: str, name: str) -> tuple[Tensor, Any]:
     weight = _weight(module, attr)
     state = _state_of_4bit(module, weight)
@@ -221,9 +288,7 @@ def _codes_of_4bit(module: nn.Module, attr: str, name: str) -> tuple[Tensor, Any
             f"{name!r} is a 4-bit weight of bitsandbytes that is not quantised yet: it is when the "
             "layer is moved to a device. Call model.to(device) first."
         )
-    if getattr(state, "packing_format_for_cpu", False):
-        return unpacked_for_cpu(module, attr)
-    return weight.data, state
+    return _unpacked(weight, state) if _packed_for_cpu(state) else (weight.data, state)
 
 
 def _dequantise_4bit(module: nn.Module, attr: str, name: str) -> Tensor:
