@@ -3,6 +3,7 @@
 python trainer.py                                         # seconds on a CPU
 python trainer.py --stop-after 25 && python trainer.py --resume     # the same bits
 python trainer.py --model xlm-roberta-base --data train.tsv --lr 1e-4 --bf16
+torchrun --nproc-per-node 2 trainer.py                    # on several GPUs, or CPU processes
 """
 
 from __future__ import annotations
@@ -69,11 +70,13 @@ trainer = transformers.Trainer(
 sparseft.SparseCallback(sparse, compact=args.compact).add_to(trainer)
 trainer.train(resume_from_checkpoint=args.resume)  # the last checkpoint of the output folder
 
-print(f"best step: {trainer.state.best_global_step} of {trainer.state.global_step}")
-print(sparse, f"accuracy {accuracy(model, test, collate):.3f}")
+say = trainer.accelerator.print  # once, where several processes train
+say(f"best step: {trainer.state.best_global_step} of {trainer.state.global_step}")
+say(sparse, f"accuracy {accuracy(model, test, collate):.3f}")
 sparse.detach(restore=True)  # the base again, bit for bit
 
 # Anywhere else: a base that never saw the training, and the small file.
+trainer.accelerator.wait_for_everyone()  # the first process writes it
 fresh = load(args)[0].to(model.device)
 with sparseft.Composer(fresh, {"task": args.out / "adapter"}).composed(["task"]):
-    print(f"adapter on a fresh base: accuracy {accuracy(fresh, test, collate):.3f}")
+    say(f"adapter on a fresh base: accuracy {accuracy(fresh, test, collate):.3f}")
