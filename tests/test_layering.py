@@ -19,7 +19,7 @@ LAYERS = [
     {"modules"},
     {"selection", "composition", "denoise"},
     {"attachment", "optim"},
-    {"data", "training", "evaluation", "profiling", "benchmarking"},
+    {"data", "training", "evaluation", "profiling", "benchmarking", "peft"},
     {"demo", "cli", "__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -6,6 +6,7 @@ name                 what                                        read   write
 composable-sft       ``pytorch_diff.bin``                        exact  exact
 spiel                fork of PEFT, ``peft_type: "SFT"``          exact  exact
 peft-shira           PEFT SHiRA                                  exact  exact
+peft-sparseft        `sparseft.peft`, the method in PEFT         exact  exact
 peft-supertuning     PEFT Super-Tuning                           exact  exact
 rosa                 fork of PEFT; its sparse part               exact
 lora                 PEFT LoRA; its largest entries              lossy

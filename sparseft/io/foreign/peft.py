@@ -43,8 +43,8 @@ WEIGHTS_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 _PREFIX = "base_model.model."
 # Parts of tuners: where one is left over, a tensor belongs to another method than the file says.
 _TUNER_PART = re.compile(
-    r"^(lora_|shira_|supertuning_|rosa_|sft_delta|ia3_|hada_|lokr_|oft_|boft_|vera_|vblora_|"
-    r"trainable_tokens|token_adapter|prompt_|adaption_|road_|bone_|miss_|hra_|c3a_|randlora_)"
+    r"^(lora_|shira_|sparseft_|supertuning_|rosa_|sft_delta|ia3_|hada_|lokr_|oft_|boft_|vera_|"
+    r"vblora_|trainable_tokens|token_adapter|prompt_|adaption_|road_|bone_|miss_|hra_|c3a_|randlora_)"
 )
 
 

@@ -23,6 +23,7 @@ from sparseft.io.foreign import (
     lora,
     masks,
     peft_shira,
+    peft_sparseft,
     peft_supertuning,
     rosa,
     spiel,
@@ -52,6 +53,12 @@ for _name, _reference, _read, _traits in (
         {"write": peft_shira.write},
     ),
     (
+        "peft-sparseft",
+        "https://huggingface.co/docs/peft/developer_guides/custom_models",
+        peft_sparseft.read,
+        {"write": peft_sparseft.write},
+    ),
+    (
         "peft-supertuning",
         "https://arxiv.org/abs/2607.09287",
         peft_supertuning.read,
@@ -69,6 +76,7 @@ _PEFT_TYPES = {
     "ROSA": "rosa",
     "SFT": "spiel",
     "SHIRA": "peft-shira",
+    "SPARSEFT": "peft-sparseft",
     "SUPERTUNING": "peft-supertuning",
 }
 # Why the other kinds of PEFT have no sparse form; the rest are said to be unknown.
