@@ -17,6 +17,7 @@ from sparseft.modules.storage_stack import Holder, holders, pop, push, require_t
 from sparseft.modules.weak_table import WeakTable
 from sparseft.modules.weight_storage import OwnEntries, read_entries
 from sparseft.ops import sum_entries, write_entries_, write_sum_
+from sparseft.ops._rounding import round_stochastically
 
 if TYPE_CHECKING:
     from sparseft.modules.placement import Placement
@@ -83,6 +84,7 @@ class MaskedParameter:
 
     separate: ClassVar[bool] = False
     scheme: str = ""
+    shards: Shards | None
 
     def __init__(
         self,
@@ -126,7 +128,7 @@ class MaskedParameter:
         self.placement: Placement | None = None
         self._handed_out: tuple[Tensor, int] | None = None
         self._data_was_set = False
-        self.shards: Shards | None = None
+        self.shards = None
         self._own: OwnEntries | None = None
 
     @property
@@ -226,6 +228,24 @@ class MaskedParameter:
             write_sum_(self.weight, self.indices, self.base, self.leaf, backend=self.backend)
         else:
             own.write_sum(self.base, self.leaf.detach(), backend=self.backend)
+
+    @torch.no_grad()
+    def write_stochastically_(self, *, seed: int, tensor: int, step: int) -> None:
+        """Write ``sr(base + leaf)`` into this process's rows of a sharded weight.
+
+        Random words go by place in the whole weight: they are those of one process alone.
+        """
+        self.require_top("write the trained diff into")
+        self.follow_weight_()
+        own = self.own_entries()
+        if own is None:
+            raise TypeError(f"{self.name!r} is not sharded")
+        part = own.where
+        wide = sum_entries(self.base[part], self.leaf.detach()[part], self.leaf.dtype)
+        rounded = round_stochastically(
+            wide, self.weight.dtype, self.indices[part], seed=seed, tensor=tensor, step=step
+        )
+        own.write_own(rounded, backend=self.backend)
 
     @torch.no_grad()
     def write_entries_(self, values: Tensor) -> None:

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from sparseft.modules.leaves import MaskedParameter, masked_by_leaf
 from sparseft.modules.traced import once_while_traced
+from sparseft.modules.weight_storage import is_sharded, local_value
 from sparseft.ops import resolve_backend
 from sparseft.ops._moments import scales_of
 from sparseft.ops.sparse_step import sparse_step_
@@ -59,10 +60,11 @@ class _Kind(NamedTuple):
 
 class _Entry(NamedTuple):
     parameter: Tensor
-    grad: Tensor
-    masked: MaskedParameter | None
+    grad: Tensor  # of a sharded parameter its own rows, as everything the op is given
+    masked: MaskedParameter | None  # whose weight the op writes
     group: int
     number: int  # position among all parameters of the optimizer
+    rows: MaskedParameter | None  # whose sharded weight is written after the op
 
 
 class SparseOptimizer(Optimizer, ABC):
@@ -162,7 +164,18 @@ class SparseOptimizer(Optimizer, ABC):
         factor = None if scale is None else torch.as_tensor(scale, dtype=torch.float32).reciprocal()
         for kind, entries in batches.items():
             self._run(kind, entries, hyper, rates, factor, found_inf)
+            for entry in entries:
+                if entry.rows is not None:
+                    self._write_rows(entry, entry.rows, kind.seed)
         return loss
+
+    def _write_rows(self, entry: _Entry, masked: MaskedParameter, seed: int | None) -> None:
+        """Write this process's rows of a sharded weight, whose leaf has been updated."""
+        if seed is None:
+            masked.write_()
+        else:
+            step = int(self.state[entry.parameter]["step"])  # waits for a GPU that counts them
+            masked.write_stochastically_(seed=seed, tensor=entry.number, step=step)
 
     def _check_capture(self, kinds: Iterable[_Kind]) -> None:
         if not any(kind.device.type == "cuda" for kind in kinds):
@@ -193,14 +206,23 @@ class SparseOptimizer(Optimizer, ABC):
                         f"shape {tuple(parameter.shape)}; make the layer with sparse=False."
                     )
                 masked = masked_by_leaf(parameter)
-                weight, backend = parameter, None
+                grad = parameter.grad
+                if is_sharded(parameter):
+                    self._check_sharded(parameter, bits, number)
+                    grad = local_value(grad)
+                weight, backend, rows = parameter, None, None
                 if masked is not None:
                     # The hook before each step has checked this, but a closure ran since.
                     if recheck:
                         masked.require_top("take an optimizer step on")
                     masked.follow_weight_()
-                    weight, backend = masked.weight, masked.backend
-                grad = parameter.grad
+                    backend = masked.backend
+                    if masked.shards is not None:
+                        masked, rows = None, masked
+                    elif masked.separate:
+                        masked = None  # there is nothing to write
+                    else:
+                        weight = masked.weight
                 if grad.dtype != parameter.dtype:  # torch allows it through Tensor.grad_dtype
                     grad = grad.to(parameter.dtype)
                 contiguous = (
@@ -209,7 +231,7 @@ class SparseOptimizer(Optimizer, ABC):
                 kind = _Kind(
                     backend, parameter.device, masked is not None, contiguous, moments, bits, seed
                 )  # fmt: skip
-                entry = _Entry(parameter, grad, masked, index, number)
+                entry = _Entry(parameter, grad, masked, index, number, rows)
                 batches.setdefault(kind, []).append(entry)
         return batches
 
@@ -222,7 +244,8 @@ class SparseOptimizer(Optimizer, ABC):
         factor: Tensor | None,
         found_inf: Tensor | None,
     ) -> None:
-        touched = [t for e in entries for t in (e.parameter, e.grad)]
+        values = [local_value(e.parameter) for e in entries]
+        touched = [*values, *(e.grad for e in entries)]
         if kind.masked:
             touched += [e.masked.weight for e in entries if e.masked is not None]
         if torch.compiler.is_compiling():
@@ -238,13 +261,13 @@ class SparseOptimizer(Optimizer, ABC):
             state = self._state(entry, kind, on_device=on_device)
             steps.append(state["step"])
             for place, name in enumerate(kind.moments):
-                columns[place].append(state[_key(name, kind.moment_bits)])
+                columns[place].append(local_value(state[_key(name, kind.moment_bits)]))
                 if kind.moment_bits == 8:
                     columns[2 + place].append(state[f"{name}_scale"])
         written = [e.masked for e in entries if e.masked is not None]
         sparse_step_(
             self._rule,
-            [e.parameter for e in entries],
+            values,
             [e.grad for e in entries],
             *columns,
             [m.weight for m in written],
@@ -260,6 +283,14 @@ class SparseOptimizer(Optimizer, ABC):
             kind.seed,
             backend,
         )
+
+    def _check_sharded(self, p: Tensor, bits: int, number: int) -> None:
+        if bits == 8:
+            raise ValueError(
+                f"{type(self).__name__}: parameter {number} of shape {tuple(p.shape)} is sharded, "
+                "and blocks of 8-bit moments would not end where its rows do. Put parameters that "
+                "fully_shard has cut into a group of their own, with moment_bits=32."
+            )
 
     def _state(self, entry: _Entry, kind: _Kind, *, on_device: bool) -> dict[str, Any]:
         """Return a parameter's state, made at its first step and checked at each."""

@@ -21,6 +21,7 @@ __all__ = [
     "OwnEntries",
     "full_value",
     "is_sharded",
+    "local_value",
     "own_rows",
     "read_entries",
     "unsupported_placement",
@@ -116,8 +117,11 @@ class OwnEntries:
 
     def write(self, values: Tensor, *, backend: str | None = None) -> None:
         """Write the own ones of (nnz,) ``values``, bit for bit."""
-        local = own_rows(self.weight).local
-        write_entries_(local, self.positions, values[self.where], backend=backend)
+        self.write_own(values[self.where], backend=backend)
+
+    def write_own(self, values: Tensor, *, backend: str | None = None) -> None:
+        """Write values of the own entries alone, bit for bit."""
+        write_entries_(own_rows(self.weight).local, self.positions, values, backend=backend)
 
     def write_sum(self, base: Tensor, leaf: Tensor, *, backend: str | None = None) -> None:
         """Write the own ones of ``rn(base + leaf)``, both (nnz,)."""
@@ -171,6 +175,14 @@ def write_sum(
         OwnEntries(weight, indices).write_sum(base, leaf, backend=backend)
     else:
         write_sum_(weight, indices, base, leaf, backend=backend)
+
+
+def local_value(tensor: Tensor) -> Tensor:
+    """Return what this process holds of a tensor: its rows where it is sharded, else itself."""
+    if not is_sharded(tensor):
+        return tensor
+    with torch.no_grad():
+        return cast(Tensor, cast(Any, tensor).to_local())
 
 
 @torch.no_grad()
