@@ -14,6 +14,7 @@ from sparseft.diff import SparsePattern, index_dtype_for
 from sparseft.errors import MaskError
 from sparseft.modules._collective import Ranks
 from sparseft.modules._gradient_tiles import Gradient, Scratch, pieces
+from sparseft.modules.weight_storage import full_value
 from sparseft.ops import StreamingTopK
 from sparseft.ops._common import accumulation_dtype
 from sparseft.ops.score_keys import flat_part
@@ -180,7 +181,7 @@ class TensorSums:
 
     def give_up_choosing(self) -> None:
         """Have no candidates: no gradient came while they could be chosen."""
-        empty = self.weight.new_empty(0, dtype=torch.int64)
+        empty = torch.empty(0, dtype=torch.int64, device=self.weight.device)
         self.pattern = SparsePattern.from_indices(empty, tuple(self.weight.shape))
 
     # -- sums ---
@@ -214,12 +215,13 @@ class TensorSums:
         top = StreamingTopK(self._count or 0)
         ordinals: list[int] = []  # of each piece's first entry, among those not excluded
         seen = 0
+        weight = full_value(self.weight) if self._rule.weighted else self.weight
         for start, tile in tiles:
             if self._rule.square:
                 tile.square_()
             self._ranks.sum_(tile)
             if self._rule.weighted:
-                part = flat_part(self.weight.detach(), slice(start, start + tile.numel()))
+                part = flat_part(weight, slice(start, start + tile.numel()))
                 tile.mul_(part)
             tile = self._without_excluded(start, tile)
             if not _is_finite(tile):  # over all processes, so each comes here

@@ -28,10 +28,12 @@ from sparseft.modules.leaves import MaskedParameter, masked_by_weight
 from sparseft.modules.names import ParameterIndex
 from sparseft.modules.taps import (
     _autocast_input,
+    alias_at_mask,
     conv1d_at_mask,
     embedding_at_mask,
     linear_at_mask,
 )
+from sparseft.modules.weight_storage import is_sharded
 from sparseft.ops._common import rows_of
 
 __all__ = ["put_taps"]
@@ -70,11 +72,13 @@ class Tap:
         weight: the parameter.
 
     Attributes:
+        sharded: whether `fully_shard` has cut it; its modules then show a whole one in forward.
         trains: whether a mask on it is in training now: its leaf then gets its gradient as ever.
     """
 
     def __init__(self, sums: TensorSums, weight: nn.Parameter) -> None:
         self.sums, self.weight = sums, weight
+        self.sharded = is_sharded(weight)
         masked = masked_by_weight(weight)
         self.trains = masked is not None and masked.leaf.requires_grad
         if masked is None or not self.trains:
@@ -95,10 +99,15 @@ class Tap:
 
     # -- layers ---
 
-    def linear(self, x: Tensor, bias: Tensor | None, *, transposed: bool) -> Tensor:
+    def shown(self, module: nn.Module) -> Tensor:
+        """Return the weight that a forward of the module computes with, detached."""
+        weight = module._parameters["weight"] if self.sharded else self.weight
+        return cast(Tensor, weight).detach()
+
+    def linear(self, x: Tensor, module: nn.Module, *, transposed: bool) -> Tensor:
         x = _autocast_input(x)
         apply = conv1d_at_mask if transposed else linear_at_mask
-        y = apply(x, self.weight.detach(), bias, self.masked)
+        y = apply(x, self.shown(module), cast(Any, module).bias, self.masked)
         self.sums.used()
 
         def take(grad: Tensor, x: Tensor) -> None:
@@ -113,7 +122,7 @@ class Tap:
         options = (module.padding_idx, module.scale_grad_by_freq)
         y = embedding_at_mask(
             ids,
-            self.weight.detach(),
+            self.shown(module),
             self.masked,
             padding_idx=options[0],
             scale_grad_by_freq=options[1],
@@ -148,6 +157,15 @@ class Tap:
 
             value.register_hook(take)
         return value
+
+    def read_shown(self, shown: Tensor) -> Any:
+        """Watch an alias of a sharded weight that no mask trains. Its own gradient would be made
+        for the whole copy, which comes and goes, and be cut and kept by FSDP2.
+        """
+        # FSDP2 itself reads the cut one, and would take an alias for a parameter put there since.
+        if not torch.is_grad_enabled() or is_sharded(shown):
+            return shown
+        return self.read(alias_at_mask(shown, self.masked))
 
     def watch_parameter(self, undo: ExitStack) -> None:
         """Take the parameter's own dense gradient, made where it is read around its layer."""
@@ -187,7 +205,7 @@ class _TappedLinear(FusedLinear):
     def forward(self, input: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
             return nn.Linear.forward(self, input)
-        return _tap_of(self).linear(input, self.bias, transposed=False)
+        return _tap_of(self).linear(input, self, transposed=False)
 
 
 class _TappedEmbedding(FusedEmbedding):
@@ -209,7 +227,7 @@ def _tapped_class(cls: type[nn.Module]) -> type[nn.Module] | None:
     def forward(self: nn.Module, x: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
             return stock.forward(self, x)
-        return _tap_of(self).linear(x, cast(Any, self).bias, transposed=True)
+        return _tap_of(self).linear(x, self, transposed=True)
 
     return type("_TappedConv1D", (fused,), {"forward": forward})
 
@@ -219,6 +237,13 @@ def _property(cls: type, attr: str, tap: Tap) -> property:
 
     def read(self: nn.Module) -> Any:
         return tap.read(swapped.__get__(self, cls))
+
+    return property(read)
+
+
+def _sharded_property(attr: str, tap: Tap) -> property:
+    def read(self: nn.Module) -> Any:
+        return tap.read_shown(cast(Tensor, self._parameters[attr]))
 
     return property(read)
 
@@ -238,6 +263,11 @@ def _put_class(module: nn.Module, taps: dict[str, Tap], undo: ExitStack) -> None
         attr: _property(cls, attr, tap)
         for attr, tap in taps.items()
         if tap.trains and attr in masked
+    }
+    body |= {
+        attr: _sharded_property(attr, tap)
+        for attr, tap in taps.items()
+        if tap.sharded and not tap.trains
     }
     if layer is None and not body:
         return
@@ -290,7 +320,7 @@ def put_taps(index: ParameterIndex, sums: Iterable[TensorSums], undo: ExitStack)
         tap = Tap(one, index.get(one.name))
         for module, attr in index.owners(one.name):
             by_module.setdefault(module, {})[attr] = tap
-        if not tap.trains:
+        if not (tap.trains or tap.sharded):
             tap.watch_parameter(undo)
     for module, taps in by_module.items():
         _put_class(module, taps, undo)

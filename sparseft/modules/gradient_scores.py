@@ -22,6 +22,7 @@ from sparseft.modules._gradient_sums import Rule, TensorSums
 from sparseft.modules._gradient_taps import put_taps
 from sparseft.modules._gradient_tiles import Scratch
 from sparseft.modules.names import ParameterIndex
+from sparseft.modules.weight_storage import is_sharded
 
 __all__ = ["GradientScores", "NonFinite", "Statistic", "TensorScores"]
 
@@ -244,10 +245,11 @@ def _is_compiled(module: nn.Module) -> bool:
 
 
 def _check_weight(name: str, weight: nn.Parameter) -> None:
-    if not weight.is_floating_point() or weight.is_meta or type(weight) is not nn.Parameter:
+    plain = type(weight) is nn.Parameter or is_sharded(weight)
+    if not weight.is_floating_point() or weight.is_meta or not plain:
         raise MaskError(
             f"{name!r} is a {type(weight).__name__} of {weight.dtype} on {weight.device}; wanted a "
-            "plain floating nn.Parameter that holds values."
+            "plain floating nn.Parameter that holds values, or one that fully_shard has cut."
         )
 
 

@@ -21,6 +21,7 @@ from sparseft.errors import DataError, MaskError, NonFiniteLossError, OptionErro
 from sparseft.modules import GradientScores, ParameterIndex
 from sparseft.modules._gradient_sums import OVERFLOW
 from sparseft.modules.gradient_scores import Statistic, TensorScores
+from sparseft.modules.weight_storage import full_value
 from sparseft.ops import gather_entries
 from sparseft.ops.score_keys import flat_part
 from sparseft.selection.counts import is_integer
@@ -103,7 +104,8 @@ def gradient_pieces(
                 len(scores.unreached), len(candidates.parameters), ", ".join(scores.unreached),
             )  # fmt: skip
             scores.unreached = []
-        yield from _pieces(total, candidates.parameters[total.name].detach(), score, scores.batches)
+        weight = full_value(candidates.parameters[total.name])
+        yield from _pieces(total, weight, score, scores.batches)
 
 
 def _pieces(
@@ -249,7 +251,7 @@ def _loss(model: nn.Module, batch: Any, loss_fn: LossFn, number: int) -> Tensor:
 
 def _why_not_finite(model: nn.Module) -> str:
     for name, parameter in ParameterIndex(model).items():
-        if parameter.is_floating_point() and not bool(torch.isfinite(parameter.detach()).all()):
+        if parameter.is_floating_point() and not bool(torch.isfinite(full_value(parameter)).all()):
             return f"Parameter {name!r} holds NaN or infinity itself: did training diverge?"
     return "Leave the batch out, or look for rows without labels in it."
 

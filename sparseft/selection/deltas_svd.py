@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sparseft.denoise import Denoise, Target, Treated, embedding_names, treat
 from sparseft.errors import DecompositionError, OptionError
+from sparseft.modules.weight_storage import full_value
 from sparseft.ops.score_keys import difference, flat_part
 from sparseft.selection.magnitude import pairs_of
 from sparseft.selection.registry import Candidates, Piece, pieces_of, register_selector
@@ -79,7 +80,7 @@ def weights_of(
     source = None if tuned is None else TensorSource(tuned, candidates.model, "tuned")
     for name, parameter in candidates.parameters.items():
         shape = tuple(parameter.shape)
-        yield name, parameter.detach() if source is None else source.get(name, shape), None
+        yield name, full_value(parameter) if source is None else source.get(name, shape), None
 
 
 def _pieces(stream: Iterator[Treated], target: Target) -> Iterator[Piece]:

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from sparseft.errors import MaskError
+from sparseft.modules.weight_storage import full_value, is_sharded
 from sparseft.selection.differences import Differences
-from sparseft.selection.registry import Candidates, register_selector
+from sparseft.selection.registry import Candidates, Piece, register_selector
 from sparseft.selection.source import Source, TensorSource
 
 __all__ = ["pairs_of", "select_magnitude"]
@@ -17,7 +18,7 @@ __all__ = ["pairs_of", "select_magnitude"]
 @register_selector("magnitude", reference="https://arxiv.org/abs/2110.07560", zero="did not move")
 def select_magnitude(
     candidates: Candidates, *, base: Source, tuned: Source | None = None
-) -> Differences:
+) -> Iterator[Piece] | Differences:
     """Keep the largest changes ``|theta1 - theta0|`` (Lottery Ticket Sparse Fine-Tuning).
 
     Args:
@@ -34,7 +35,10 @@ def select_magnitude(
     On one GPU kernels take them as they read (`sparseft.ops.topk_differences`), for the scopes
     "global" and "tensor"; the masks are the same.
     """
-    return Differences(pairs_of(candidates, base, tuned))
+    differences = Differences(pairs_of(candidates, base, tuned))
+    # Gathered tensors come and go one by one; a launch over all would hold them together.
+    gathered = any(map(is_sharded, candidates.parameters.values()))
+    return iter(differences) if gathered else differences
 
 
 def pairs_of(
@@ -45,7 +49,7 @@ def pairs_of(
     shared = 0
     for name, parameter in candidates.parameters.items():
         shape = tuple(parameter.shape)
-        theta1 = parameter.detach() if after is None else after.get(name, shape)
+        theta1 = full_value(parameter) if after is None else after.get(name, shape)
         theta0 = before.get(name, shape)
         shared += theta1.numel() == 0 or theta0.data_ptr() == theta1.data_ptr()
         # Not at the first: copies of a model may share what neither trains.

@@ -14,6 +14,7 @@ from sparseft._text import did_you_mean
 from sparseft.diff import MaskLike, SparsePattern, as_pattern
 from sparseft.errors import MaskError, OptionError, UnknownNameError
 from sparseft.modules import ParameterIndex
+from sparseft.modules.sharding import settle_model
 from sparseft.selection.counts import all_nnz, is_integer, is_several
 from sparseft.selection.masks import Masks
 from sparseft.selection.patterns import names_between
@@ -54,6 +55,7 @@ def candidates_of(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(_not_a_model(model))
+    settle_model(model)  # after an evaluation FSDP2's root may show whole weights for a while
     index = ParameterIndex(model)
     chosen = sorted(names_between(index, include, exclude))
     parameters = {name: index.get(name) for name in chosen if index.get(name).is_floating_point()}
@@ -128,7 +130,9 @@ def select(
     for each entry of the other masks where several are asked for.
 
     Args:
-        model: its parameters are read, never changed. Tied parameters count once.
+        model: its parameters are read, never changed. Tied parameters count once. Sharded by
+            `fully_shard`: every process calls, and gets the same masks; tensors are gathered one at
+            a time, for methods that read them.
         method: a name from `selectors`: "magnitude" (largest ``|theta1 - theta0|``: needs
             ``base``), "random" (``seed``), "file" (``path=``), "function" (``fn=``), ... Structures
             ("rows", "blocks", "tiles", "n:m") build on the scores of another: ``score=`` names it,

@@ -14,6 +14,7 @@ from sparseft._text import did_you_mean
 from sparseft.errors import MaskError
 from sparseft.modules import ParameterIndex, canonical_name
 from sparseft.modules.prefixes import find_name
+from sparseft.modules.weight_storage import full_value
 
 __all__ = ["Checkpoint", "Source", "TensorSource"]
 
@@ -171,7 +172,7 @@ class TensorSource:
                 f"{self.what}[{self._names[found]!r}] is {type(tensor).__name__}, wanted a tensor. "
                 "A checkpoint on disk is given by its path alone."
             )
-        tensor = tensor.detach()
+        tensor = full_value(tensor)
         if tuple(tensor.shape) != tuple(shape):
             raise MaskError(
                 f"{self.what} has shape {tuple(tensor.shape)} for {name!r} but the model has "

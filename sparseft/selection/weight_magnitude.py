@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sparseft.errors import OptionError
+from sparseft.modules.weight_storage import full_value
 from sparseft.ops.score_keys import flat_part
 from sparseft.selection.registry import Candidates, Piece, pieces_of, register_selector
 
@@ -47,7 +48,7 @@ def select_weight_magnitude(candidates: Candidates, *, largest: bool = True) -> 
 
 def _scores(candidates: Candidates, largest: bool) -> Iterator[Piece]:
     for name, parameter in candidates.parameters.items():
-        weight = parameter.detach()
+        weight = full_value(parameter)
         wide = torch.promote_types(weight.dtype, torch.float32)
         for part in pieces_of(weight.numel()):
             size = flat_part(weight, part).to(wide).abs()
