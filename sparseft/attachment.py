@@ -48,6 +48,7 @@ from sparseft.modules.repattern import repattern_, resolve_changes
 from sparseft.modules.resizing import guard_resizing, unguard_resizing
 from sparseft.modules.riders import listen, unlisten
 from sparseft.modules.running_stats import RunningStatistics
+from sparseft.modules.separate_mask import make_masked, refuse_keeping
 from sparseft.modules.sharding import Sharding
 from sparseft.modules.transplant import check_optimizer
 
@@ -202,16 +203,10 @@ class Attachment:
         model.__dict__.setdefault(ATTACHMENTS, []).append(self)
         try:
             for name, pattern in patterns.items():
-                weight = index.get(name)
-                masked = MaskedParameter(
-                    name,
-                    weight,
-                    pattern,
-                    aliases=index.aliases(name),
-                    backend=backend,
-                    compact=compact_state_dict,
-                    shards=sharding.of(weight),
-                )
+                masked = make_masked(
+                    index, name, pattern,
+                    backend=backend, compact=compact_state_dict, sharding=sharding,
+                )  # fmt: skip
                 self._masked[name] = masked
                 for i, (module, attr) in enumerate(self._owners[name]):
                     mask_attribute(module, attr, masked, owner=i == 0)
@@ -420,6 +415,8 @@ class Attachment:
         if not self._active:
             return self.model
         self._check_last()
+        if not restore:
+            refuse_keeping(self._masked.values())
         for masked in self._masked.values():
             masked.require_top("detach")
         for f in self._full:

@@ -40,6 +40,14 @@ def masked_attributes(module: nn.Module) -> dict[str, MaskedParameter]:
     return module.__dict__.get(STATE_KEY, {})
 
 
+def _apart(
+    masks: dict[str, MaskedParameter],
+) -> tuple[dict[str, MaskedParameter], dict[str, Any]]:
+    """Return the masks within weights, and those beside them, whose attributes stay stock."""
+    inside = {attr: masked for attr, masked in masks.items() if not masked.separate}
+    return inside, {attr: masked for attr, masked in masks.items() if masked.separate}
+
+
 def _owns_leaf(module: nn.Module, attr: str, masked: MaskedParameter) -> bool:
     return module._parameters.get(leaf_attribute(attr)) is masked.leaf
 
@@ -102,7 +110,9 @@ class MaskedModule(RefusesReplacing):
         missing_keys: list[str],
         *lists: Any,
     ) -> None:
-        masks = masked_attributes(self)
+        masks, beside = _apart(masked_attributes(self))
+        for attr, masked in beside.items():
+            masked.take_base(state_dict, prefix, attr)
         as_saved = set()
         rounded = {attr: state_dict.pop(rounded_key(prefix, attr), None) for attr in masks}
         for attr, masked in masks.items():
@@ -126,13 +136,16 @@ class MaskedModule(RefusesReplacing):
             if attr not in as_saved:
                 masked.write_("load a state dict into")
                 write_rounded_(masked, rounded[attr])
+        taken = {prefix + attr for attr in beside}
+        missing_keys[:] = [key for key in missing_keys if key not in taken]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # For pickle and deepcopy: the class is made at run time and has no importable name.
         masks = masked_attributes(self)
         reduced: Any = super().__reduce_ex__(max(int(protocol), 2))
         _, _, *rest = reduced
-        arguments = _stock_class(type(self)), tuple(masks), isinstance(self, FusedExperts)
+        inside, _ = _apart(masks)
+        arguments = _stock_class(type(self)), tuple(inside), isinstance(self, FusedExperts)
         return _new_instance, arguments, *rest
 
 
@@ -301,8 +314,9 @@ def _class_for(
     module: nn.Module, stock: type[nn.Module], masks: dict[str, MaskedParameter]
 ) -> type[nn.Module]:
     """Return the class of a module with these masks."""
-    stacked = any(is_stacked(module, masked.pattern) for masked in masks.values())
-    return _swapped_class(stock, frozenset(masks), stacked)
+    inside, _ = _apart(masks)
+    stacked = any(is_stacked(module, masked.pattern) for masked in inside.values())
+    return _swapped_class(stock, frozenset(inside), stacked)
 
 
 def mask_attribute(module: nn.Module, attr: str, masked: MaskedParameter, *, owner: bool) -> None:

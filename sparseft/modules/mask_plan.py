@@ -11,8 +11,10 @@ from torch import nn
 from sparseft._text import human_bytes
 from sparseft.diff import MaskLike, SparseDiff, SparsePattern, as_pattern
 from sparseft.errors import AttachError, MaskError
+from sparseft.modules.dequantise import is_opaque, logical_shape
 from sparseft.modules.names import ParameterIndex
 from sparseft.modules.refusals import check_maskable, check_overlaps
+from sparseft.modules.weight_storage import is_sharded
 
 __all__ = ["check_roles", "resolve_masks", "warn_if_dense"]
 
@@ -48,7 +50,8 @@ def resolve_masks(
         given[canonical] = name
         parameter = index.get(canonical)
         check_maskable(canonical, parameter, index.owners(canonical))
-        pattern = as_pattern(mask, name=name, shape=parameter.shape)
+        shape = logical_shape(*index.owners(canonical)[0])
+        pattern = as_pattern(mask, name=name, shape=shape)
         if pattern.nnz:
             found[canonical] = pattern.to(parameter.device)
     if not found:
@@ -101,6 +104,8 @@ def warn_if_dense(
     size = sum(math.prod(pattern.shape) for pattern in patterns.values())
     if nnz <= _DENSE * size:
         return
+    if any(is_opaque(w) and not is_sharded(w) for w in weights.values()):
+        return  # a quantised weight cannot be trained whole: there is nothing to compare with
     sparse = dense = 0
     for name, pattern in patterns.items():
         item = weights[name].element_size()

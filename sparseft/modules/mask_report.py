@@ -23,7 +23,8 @@ class MaskReport(NamedTuple):
     Args:
         name: of the masked parameter; ``"total"`` in `MaskReports.total`.
         shape: of the parameter; ``()`` in the total.
-        dtype: of the parameter; where several meet in the total, all of them.
+        dtype: of the parameter, or how it is quantised; where several meet in the total, all of
+            them.
         nnz: trained entries.
         density: nnz over all entries.
         changed: entries of the diff that are not zero.
@@ -31,7 +32,8 @@ class MaskReport(NamedTuple):
         max_abs: largest absolute diff.
         l2: Euclidean norm of the diff.
         rounded_away: entries whose diff is not zero but whose weight is still the base's: it is
-            too small for the weight's dtype. The adapter has them nevertheless.
+            too small for the weight's dtype. The adapter has them nevertheless. None are, beside a
+            quantised weight.
         no_gradient: entries that no gradient other than zero has reached so far; None where nobody
             has looked (`SparseCallback`, `track` and `TrainingMeter` look).
     """
@@ -142,7 +144,7 @@ def report_masks(masks: Iterable[MaskedParameter]) -> MaskReports:
             MaskReport(
                 masked.name,
                 tuple(masked.pattern.shape),
-                str(masked.weight.dtype).removeprefix("torch."),
+                masked.scheme or str(masked.weight.dtype).removeprefix("torch."),
                 masked.pattern.nnz,
                 masked.pattern.density,
                 int(changed),
@@ -165,21 +167,25 @@ def _numbers(masked: MaskedParameter, seen: SeenEntries | None) -> Tensor:
         return torch.zeros(6, dtype=torch.float64, device=leaf.device)
     changed = leaf != 0
     size = leaf.abs()
-    stack = holders(masked.weight)
-    if stack and stack[-1] is masked.holder:
-        entries = gather_entries(masked.weight.detach(), masked.indices, backend=masked.backend)
-    else:  # something lies on top: what the weight will hold without it
-        entries = masked.expected_entries(leaf)
     none = leaf.new_zeros(())
     columns = (
         changed.sum(),
         size.sum(),
         size.max(),
         torch.linalg.vector_norm(leaf),
-        (changed & (entries == masked.base)).sum(),
+        none if masked.separate else (changed & (_entries(masked) == masked.base)).sum(),
         none if seen is None else seen.unseen(),
     )
     return torch.stack([column.to(torch.float64) for column in columns])
+
+
+def _entries(masked: MaskedParameter) -> Tensor:
+    """Return what a weight holds at its mask."""
+    stack = holders(masked.weight)
+    if stack and stack[-1] is masked.holder:
+        return gather_entries(masked.weight.detach(), masked.indices, backend=masked.backend)
+    # Something lies on top: what the weight will hold without it.
+    return masked.expected_entries(masked.leaf.detach())
 
 
 def _fetch(numbers: Sequence[Tensor]) -> list[list[float]]:

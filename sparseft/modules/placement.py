@@ -21,6 +21,7 @@ from sparseft.fingerprint import Fingerprint, fingerprint_tensor
 from sparseft.modules.class_swap import MaskedModule
 from sparseft.modules.full_params import FullParameter
 from sparseft.modules.leaves import MaskedParameter
+from sparseft.modules.quantised_base import fingerprint_quantised
 from sparseft.modules.storage_stack import bottom_value
 from sparseft.modules.weight_storage import OwnEntries, is_sharded, own_rows
 from sparseft.ops import gather_entries
@@ -238,7 +239,9 @@ class Placement:
         """Fingerprint the bottom base of each masked weight, but for those of foreign memory."""
         return Fingerprint(
             {
-                name: fingerprint_tensor(name, bottom_value(masked.weight))
+                name: fingerprint_quantised(name, *self._owners[name][0])
+                if masked.separate
+                else fingerprint_tensor(name, bottom_value(masked.weight))
                 for name, masked in self._masked.items()
                 if not (name in wrong and wrong[name].foreign)
             }
@@ -292,6 +295,8 @@ def _unread(masked: MaskedParameter, owners: Owners) -> Misplaced | None:
 def _memory(masked: MaskedParameter, known: int | None) -> Misplaced | None:
     """Say why a weight's memory is not base + diff any more; None where it is, moved or cast."""
     weight = masked.weight
+    if masked.separate:
+        return None  # codes and scales, which nobody writes
     if weight.shape != masked.pattern.shape:
         return Misplaced(
             f"its .data is {_describe(weight)}, wanted shape {tuple(masked.pattern.shape)}", True

@@ -15,6 +15,7 @@ from sparseft.errors import AttachError
 from sparseft.modules.class_swap import masked_attributes
 from sparseft.modules.leaves import leaf_attribute
 from sparseft.modules.names import ParameterIndex, end_embeddings
+from sparseft.modules.separate_mask import check_separable
 from sparseft.modules.weight_storage import is_sharded
 
 __all__ = ["check_maskable", "check_masks", "check_overlaps", "check_ties"]
@@ -55,12 +56,12 @@ def check_maskable(name: str, parameter: nn.Parameter, owners: list[tuple[nn.Mod
                 f"{name!r} has a mask attached already. detach() that one first; one mask can hold "
                 "the union of both."
             )
-    _check_tensor(name, parameter)
+    _check_tensor(name, parameter, beside=check_separable(name, owners))
     for module, attr in owners:
         _check_owner(name, module, attr)
 
 
-def _check_tensor(name: str, parameter: nn.Parameter) -> None:
+def _check_tensor(name: str, parameter: nn.Parameter, *, beside: bool) -> None:
     if is_lazy(parameter):
         raise AttachError(
             f"{name!r} is not initialised yet (a lazy module). Run one batch through the model "
@@ -80,6 +81,8 @@ def _check_tensor(name: str, parameter: nn.Parameter) -> None:
             f"{name!r} is {parameter.dtype}; masks are on real floating weights. Keep it as two "
             "real parameters, or train it through full_params."
         )
+    if beside:
+        return  # quantised, and left as it is
     plain = type(parameter) is nn.Parameter or _is_fake(parameter)
     # How it is cut, `sparseft.modules.sharding` looks at.
     plain = plain or (is_sharded(parameter) and type(cast(Any, parameter).to_local()) is Tensor)
@@ -87,8 +90,9 @@ def _check_tensor(name: str, parameter: nn.Parameter) -> None:
         kind = f"{type(parameter).__name__} of {parameter.dtype}"
         raise AttachError(
             f"{name!r} is a {kind}, wanted a plain nn.Parameter of float32, bfloat16, float16 or "
-            "float64. Quantised weights cannot hold base + diff in place: load the "
-            "model without quantisation."
+            "float64. Quantised weights get masks where bitsandbytes (after model.to(device), which "
+            "quantises them) or torchao quantised them; for others, load the model without "
+            "quantisation."
         )
     if any(n > 1 and s == 0 for n, s in zip(parameter.shape, parameter.stride(), strict=True)):
         raise AttachError(

@@ -115,10 +115,23 @@ def _check_pattern(masked: MaskedParameter, pattern: SparsePattern) -> None:
 
 
 def _move_(masked: MaskedParameter, pattern: SparsePattern, optimizers: list[Any]) -> int:
-    weight, backend, indices = masked.weight, masked.backend, masked.indices
-    moves = Moves.between(indices, pattern.indices)
-    dropped = _others(moves.old, indices.numel())
+    moves = Moves.between(masked.indices, pattern.indices)
     grown = _others(moves.new, pattern.nnz)
+    if masked.separate:
+        masked.pattern = pattern
+    else:
+        _move_base_(masked, pattern, moves, grown)
+    for optimizer in optimizers:
+        transplant_(optimizer, masked.leaf, moves)
+    _move_leaf_(masked.leaf, moves)
+    return int(grown.numel())
+
+
+def _move_base_(
+    masked: MaskedParameter, pattern: SparsePattern, moves: Moves, grown: Tensor
+) -> None:
+    weight, backend, indices = masked.weight, masked.backend, masked.indices
+    dropped = _others(moves.old, indices.numel())
 
     # Outside of the old mask the weight is the base.
     base = moves.apply(masked.base)
@@ -129,11 +142,6 @@ def _move_(masked: MaskedParameter, pattern: SparsePattern, optimizers: list[Any
     write_entries(weight, indices[dropped], masked.base[dropped], backend=backend)
     masked.pattern = pattern
     masked.holder.indices, masked.holder.saved = pattern.indices, base
-
-    for optimizer in optimizers:
-        transplant_(optimizer, masked.leaf, moves)
-    _move_leaf_(masked.leaf, moves)
-    return int(grown.numel())
 
 
 def _others(positions: Tensor, count: int) -> Tensor:

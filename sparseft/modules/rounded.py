@@ -27,7 +27,7 @@ def rounded_key(prefix: str, attr: str) -> str:
 
 def rounded_entries(masked: MaskedParameter) -> Tensor | None:
     """Return (nnz,) entries of a weight, where some were not rounded to nearest; else None."""
-    if masked.weight.dtype not in (torch.bfloat16, torch.float16):
+    if masked.separate or masked.weight.dtype not in (torch.bfloat16, torch.float16):
         return None
     masked.follow_weight_()
     found = gather_entries(masked.weight.detach(), masked.indices, backend=masked.backend)
