@@ -207,12 +207,10 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 
 def _weight(module: nn.Module, attr: str) -> Any:
-    weight: Tensor | None = module._parameters.get(attr)
-    if weight is None:
-        weight = module._buffers.get(attr)
-    if weight is None:
-        raise AttachError(f"a {type(module).__qualname__} has no parameter or buffer {attr!r}.")
-    return weight
+    for table in (module._parameters, module._buffers):  # of a scripted module no dicts
+        if attr in table and table[attr] is not None:
+            return table[attr]
+    raise AttachError(f"a {type(module).__qualname__} has no parameter or buffer {attr!r}.")
 
 
 # bitsandbytes, 4 bits.

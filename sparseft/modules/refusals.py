@@ -90,8 +90,8 @@ def _check_tensor(name: str, parameter: nn.Parameter, *, beside: bool) -> None:
         kind = f"{type(parameter).__name__} of {parameter.dtype}"
         raise AttachError(
             f"{name!r} is a {kind}, wanted a plain nn.Parameter of float32, bfloat16, float16 or "
-            "float64. Quantised weights get masks where bitsandbytes (after model.to(device), which "
-            "quantises them) or torchao quantised them; for others, load the model without "
+            "float64. Quantised weights get masks where bitsandbytes (it does when the model moves "
+            "to a device) or torchao quantised them; for others, load the model without "
             "quantisation."
         )
     if any(n > 1 and s == 0 for n, s in zip(parameter.shape, parameter.stride(), strict=True)):
