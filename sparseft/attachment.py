@@ -321,7 +321,8 @@ class Attachment:
         """Return what was learned, copied to the CPU: diffs and the full parameters' values.
 
         Where something replaced a trained weight since `attach`, a warning names it; what was
-        trained until then is returned all the same.
+        trained until then is returned all the same. On a sharded model a collective: every process
+        calls it and gets the same adapter, which one of them saves.
 
         Args:
             name: of the adapter.
