@@ -85,8 +85,11 @@ def fingerprint_tensor(name: str, tensor: Tensor) -> TensorFingerprint:
 
     Args:
         name: canonical parameter name; seeds the sample positions.
-        tensor: the base tensor.
+        tensor: the base tensor. A ``DTensor`` is gathered, on every process: a collective.
     """
+    gather = getattr(tensor.detach(), "full_tensor", None)
+    if gather is not None:
+        tensor = gather()
     digest = hashlib.blake2b(digest_size=16)
     hash_tensor(digest, tensor)
     positions = sample_positions(name, tensor.numel()).to(tensor.device)

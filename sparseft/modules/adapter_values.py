@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +14,9 @@ from sparseft.diff import SparseDiff
 from sparseft.errors import MaskError, UnknownNameError
 from sparseft.modules.leaves import MaskedParameter
 from sparseft.modules.names import ParameterIndex
+from sparseft.modules.weight_storage import is_sharded
 
-__all__ = ["load_values_", "values_at"]
+__all__ = ["copy_whole_", "load_values_", "values_at"]
 
 
 def load_values_(
@@ -57,7 +59,22 @@ def load_values_(
         for name, m in masked.items():
             m.leaf.copy_(values[name])
         for name, tensor in dense.items():
-            full[name].copy_(tensor)
+            copy_whole_(full[name], tensor)
+
+
+@torch.no_grad()
+def copy_whole_(parameter: nn.Parameter, value: Tensor) -> None:
+    """Copy a whole tensor into a parameter, of a sharded one each process its part."""
+    if is_sharded(parameter):
+        from torch.distributed.tensor import distribute_tensor
+
+        sharded: Any = parameter
+        value = value.to(device=sharded.to_local().device, dtype=parameter.dtype)
+        # Every process has the whole value, so that none has to send its own.
+        value = distribute_tensor(
+            value, sharded.device_mesh, sharded.placements, src_data_rank=None
+        )
+    parameter.copy_(value)
 
 
 def values_at(masked: MaskedParameter, diff: SparseDiff | None) -> Tensor:

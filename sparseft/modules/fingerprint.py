@@ -1,4 +1,7 @@
-"""Fingerprints of a model's tensors, read down to the bottom base through whatever lies on them."""
+"""Fingerprints of a model's tensors, read down to the bottom base through whatever lies on them.
+
+Tensors that ``fully_shard`` has cut are gathered, one at a time: all processes take part.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from sparseft.fingerprint import Fingerprint, TensorFingerprint, compare, finger
 from sparseft.modules.dequantise import is_quantised
 from sparseft.modules.names import ParameterIndex
 from sparseft.modules.quantised_base import fingerprint_quantised
+from sparseft.modules.sharding import settle_model
 from sparseft.modules.storage_stack import bottom_value
 
 __all__ = ["fingerprint_base", "fingerprint_model", "verify_fingerprint", "warn_of_quantised"]
@@ -33,6 +37,7 @@ def fingerprint_model(
     Raises:
         UnknownNameError: the model has no such parameter.
     """
+    settle_model(model)
     index = ParameterIndex(model)
     tensors = {}
     for name in names:
@@ -85,6 +90,7 @@ def verify_fingerprint(model: nn.Module, fingerprint: Fingerprint) -> None:
         BaseMismatchError: another base; names the first tensor, with both fingerprints.
         UnknownNameError: the model lacks a fingerprinted tensor.
     """
+    settle_model(model)
     index = ParameterIndex(model)
     casts: list[str] = []
     requantised: list[str] = []
