@@ -32,7 +32,14 @@ import torch.distributed as dist
 __all__ = ["TIMEOUT", "RankError", "run_ranks"]
 
 TIMEOUT = 120.0
-_PRELOAD = ["torch", "torch.distributed.fsdp", "torch.distributed.checkpoint", "sparseft"]
+_PRELOAD = [
+    "torch",
+    "torch.distributed.fsdp",
+    "torch.distributed.checkpoint",
+    "torch._dynamo",  # which fully_shard imports: half a second
+    "sparseft.attachment",
+    "sparseft.selection",
+]
 _IN_RANK = "_in_rank"
 
 
