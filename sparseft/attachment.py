@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from sparseft.adapter import Adapter
@@ -37,9 +36,10 @@ from sparseft.modules.input_grads import (
 )
 from sparseft.modules.leaf_reduction import LeafReduction
 from sparseft.modules.learned import learned_adapter
-from sparseft.modules.leaves import MaskedParameter, leaf_attribute
+from sparseft.modules.leaves import MaskedParameter
 from sparseft.modules.mask_plan import check_roles, resolve_masks, warn_if_dense
-from sparseft.modules.mask_report import MaskReport, MaskReports, report_masks
+from sparseft.modules.mask_report import MaskReport
+from sparseft.modules.merged_export import MergedExport
 from sparseft.modules.names import ParameterIndex
 from sparseft.modules.placement import Misplaced, Placement
 from sparseft.modules.refusals import check_masks, check_ties
@@ -51,6 +51,7 @@ from sparseft.modules.running_stats import RunningStatistics
 from sparseft.modules.separate_mask import make_masked, refuse_keeping
 from sparseft.modules.sharding import Sharding
 from sparseft.modules.transplant import check_optimizer
+from sparseft.modules.trained import Trained
 
 __all__ = ["Attachment", "MaskReport", "attach", "attachments_of"]
 
@@ -96,8 +97,8 @@ def attach(
     Raises:
         UnknownNameError: a parameter or glob that does not exist, with the nearest names.
         MaskError: a mask of another shape or type, or no entry kept at all.
-        AttachError: a quantised, complex, lazy or meta weight; a mask there already; two names of
-            one weight; a declared tie of two dtypes; masks that are neither a mapping nor an
+        AttachError: a complex, lazy or meta weight, or quantised in an unknown way; a mask there
+            already; two names of one weight; a declared tie of two dtypes; masks that are neither a mapping nor an
             `Adapter`; an optimizer that is none; ranks with other masks, bases or values.
         BaseMismatchError: an `Adapter` made on another base.
 
@@ -164,7 +165,7 @@ def attachments_of(model: nn.Module) -> list[Attachment]:
     return list(model.__dict__.get(ATTACHMENTS, ()))
 
 
-class Attachment:
+class Attachment(MergedExport):
     """Handle of the masks on a model. Made by `attach`.
 
     Also a context manager that detaches with ``restore=True`` on exit.
@@ -228,66 +229,6 @@ class Attachment:
         except BaseException:
             self.detach(restore=True)
             raise
-
-    # What is trained.
-
-    @property
-    def names(self) -> list[str]:
-        """Canonical names of the masked parameters, in order of the model."""
-        return list(self._masked)
-
-    @property
-    def leaves(self) -> dict[str, nn.Parameter]:
-        """Masked parameter name -> its compact leaf, (nnz,) fp32."""
-        return {name: masked.leaf for name, masked in self._masked.items()}
-
-    @property
-    def patterns(self) -> dict[str, SparsePattern]:
-        """Masked parameter name -> where it is trained."""
-        return {name: masked.pattern for name, masked in self._masked.items()}
-
-    @property
-    def full_params(self) -> dict[str, nn.Parameter]:
-        """Parameters that are trained densely, by name."""
-        return {f.name: f.parameter for f in self._full}
-
-    @property
-    def nnz(self) -> int:
-        """Number of trained entries, full parameters aside."""
-        return sum(masked.pattern.nnz for masked in self._masked.values())
-
-    @property
-    def density(self) -> float:
-        """nnz over all entries of the masked tensors."""
-        return self.nnz / sum(math.prod(m.pattern.shape) for m in self._masked.values())
-
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield (name, parameter) of what an optimizer should get: leaves, then full parameters.
-
-        Names are those of ``model.named_parameters()``: the leaf of ``up.weight`` is
-        ``up.diff_weight``.
-        """
-        for name, masked in self._masked.items():
-            yield leaf_attribute(name), masked.leaf
-        for f in self._full:
-            yield f.name, f.parameter
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """Yield what an optimizer should get: leaves, then full parameters."""
-        for _, parameter in self.named_parameters():
-            yield parameter
-
-    def l1_norm(self) -> Tensor:
-        """Return the sum of absolute diffs, a differentiable 0-d tensor (an L1 penalty)."""
-        sums = [masked.leaf.abs().sum() for masked in self._masked.values()]
-        return torch.stack([s.to(sums[0]) for s in sums]).sum()
-
-    def report(self) -> MaskReports:
-        """Describe each masked parameter: size, density, how far it has moved; prints as a table.
-
-        A list of `MaskReport`, with ``total`` and ``to_markdown()``.
-        """
-        return report_masks(self._masked.values())
 
     # Values.
 
