@@ -50,8 +50,8 @@ from sparseft.modules.riders import listen, unlisten
 from sparseft.modules.running_stats import RunningStatistics
 from sparseft.modules.separate_mask import make_masked, refuse_keeping
 from sparseft.modules.sharding import Sharding
-from sparseft.modules.transplant import check_optimizer
 from sparseft.modules.trained import Trained
+from sparseft.modules.transplant import check_optimizer
 
 __all__ = ["Attachment", "MaskReport", "attach", "attachments_of"]
 
@@ -165,7 +165,7 @@ def attachments_of(model: nn.Module) -> list[Attachment]:
     return list(model.__dict__.get(ATTACHMENTS, ()))
 
 
-class Attachment(MergedExport):
+class Attachment(Trained, MergedExport):
     """Handle of the masks on a model. Made by `attach`.
 
     Also a context manager that detaches with ``restore=True`` on exit.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sparseft.errors import StackOrderError
-from sparseft.modules.weight_storage import write_entries
+from sparseft.modules.weight_storage import is_sharded, write_entries
 
 __all__ = ["Holder", "bottom_value", "holders", "parents_of", "pop", "push", "require_top"]
 
@@ -65,6 +65,10 @@ class _Stacks:
             note = functools.partial(self._note, key, stack)
             self._found[key] = (weakref.ref(parameter, note), stack)
         return stack
+
+    def forget(self, parameter: Tensor) -> None:
+        """Drop a parameter's stack."""
+        self._found.pop(id(parameter), None)
 
     def _note(self, key: int, stack: list[Holder], dead: weakref.ref[Tensor]) -> None:
         stack.clear()
@@ -132,6 +136,9 @@ def pop(parameter: Tensor, holder: Holder, *, name: str = "parameter") -> None:
         require_top(parameter, holder, name=name, action="release")
     # An empty list stays, as long as the parameter does: the next change comes soon.
     stack.pop()
+    if not stack and is_sharded(parameter):
+        # Torch casts and moves a DTensor by a swap of insides, which no reference may watch.
+        _stacks.forget(parameter)
 
 
 def bottom_value(parameter: Tensor) -> Tensor:

@@ -217,7 +217,12 @@ def _apply_linear(
         masked.name,
         masked.backend or "",
     )
-    return y.view(*x.shape[:-1], y.shape[-1])
+    shape = (*x.shape[:-1], y.shape[-1])
+    if getattr(masked, "shards", None) is not None:
+        # The same without being a view: FSDP2 puts hooks on what a layer returns, and an in-place
+        # operation on a view would lose them.
+        return torch.ops.aten._unsafe_view.default(y, shape)
+    return y.view(shape)
 
 
 def linear_at_mask(
