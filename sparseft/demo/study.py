@@ -38,6 +38,7 @@ from sparseft.demo.show import Display, peak_rss
 from sparseft.demo.training import PhaseState
 from sparseft.evaluation.provenance import provenance
 from sparseft.evaluation.report import Results
+from sparseft.modules.ranks import refuse_several
 from sparseft.selection import Masks
 
 __all__ = ["AdapterFile", "DemoResult", "run_demo"]
@@ -134,9 +135,11 @@ def run_demo(
     Raises:
         DataError: the assets do not fit together.
         ResumeError: ``output_dir`` holds a run of another recipe.
+        SparseFtError: started as several processes.
 
     Numerics: the same seed gives the same bits on one machine, thread count and set of versions.
     """
+    refuse_several("the demo", "Start it without the launcher; it starts processes of its own.")
     before = torch.get_num_threads()
     torch.set_num_threads(1)  # the bits then depend on no number of cores
     try:

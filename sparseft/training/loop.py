@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from sparseft._text import did_you_mean
 from sparseft.errors import DataError, NonFiniteLossError
+from sparseft.modules.ranks import refuse_several
 from sparseft.training.checkpoints import CheckpointFolder, load_trainable, trainable
 from sparseft.training.rng import rng_state, seed_everything, set_rng_state
 from sparseft.training.schedule import SCHEDULES, batch_order
@@ -132,6 +133,7 @@ class LoopTrainer:
         ValueError: a number out of range; autocast to fp16.
         NonFiniteLossError: NaN or infinite loss or gradient; names the step and the last good
             checkpoint.
+        SparseFtError: started as several processes.
 
     Numerics: a resumed run equals the uninterrupted one bit for bit on one machine, thread count
         and set of versions. The loss that is logged is the mean of the micro-batch losses, in the
@@ -257,6 +259,11 @@ class LoopTrainer:
 
     def train(self, resume_from_checkpoint: str | Path | bool | None = None) -> LoopResult:
         """Run the loop to its end, from a checkpoint if one is given (True: the newest, if any)."""
+        refuse_several(
+            "LoopTrainer",
+            "Use transformers.Trainer, accelerate, or a loop with DistributedDataParallel as in "
+            "docs/examples/ddp_loop.py.",
+        )
         self.model.to(self.device)
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         if not parameters:

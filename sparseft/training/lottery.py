@@ -25,11 +25,11 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, cast, overload
 
-import torch
 from torch import nn
 
 from sparseft.adapter import Adapter
 from sparseft.errors import MaskError, ResumeError
+from sparseft.modules.ranks import refuse_several
 from sparseft.selection.counts import total_nnz
 from sparseft.training.mask_choice import MaskChoice
 from sparseft.training.parameters import Trainables, base_digest, saved_training_mode
@@ -44,6 +44,12 @@ if TYPE_CHECKING:
     from sparseft.denoise import Denoise
 
 __all__ = ["LotteryTicketResult", "SourceAdapter", "dense_phase", "lottery_ticket"]
+
+_INSTEAD = (
+    "Run it without the launcher; or choose the masks that way and train them in several "
+    "processes: result.masks.save(FILE), then in the script that is launched "
+    "attach(model, sparseft.selection.Masks.load(FILE))."
+)
 
 SourceAdapter = Adapter | tuple[Adapter, float]
 
@@ -180,7 +186,7 @@ def lottery_ticket(
     Source: Ansell, Ponti, Korhonen, Vulić 2022, arXiv 2110.07560, section 3.1 and appendix
         (iterations, L1).
     """
-    _refuse_ranks()
+    refuse_several("lottery_ticket", _INSTEAD)
     single = not (_several(nnz) or _several(density))
     if iterations < 1:
         raise ValueError(f"iterations must be at least 1, got {iterations}.")
@@ -287,7 +293,7 @@ def dense_phase(
     Raises:
         ResumeError, NonFiniteLossError, DataError, MaskError: as `lottery_ticket`.
     """
-    _refuse_ranks()
+    refuse_several("dense_phase", _INSTEAD)
     parts = Trainables.of(model, include=include, exclude=exclude, full_params=full_params)
     common = _Common(model, parts, l1, source_adapters, seed, theta0)
     settings = {"phase": "dense", **common.settings, "metadata": dict(metadata or {})}
@@ -301,15 +307,6 @@ def dense_phase(
             "train it anew."
         )
     return result
-
-
-def _refuse_ranks() -> None:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        if torch.distributed.get_world_size() > 1:
-            raise RuntimeError(
-                "lottery_ticket runs in one process: ranks would write one state. Run it on one "
-                "device, or attach the masks in the distributed script itself."
-            )
 
 
 def _recorded(value: Any) -> Any:

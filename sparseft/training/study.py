@@ -18,6 +18,7 @@ from typing import Any
 from sparseft._text import did_you_mean
 from sparseft.errors import RecipeError
 from sparseft.evaluation import Result, Results, provenance
+from sparseft.modules.ranks import refuse_several
 from sparseft.training.recipe import Recipe
 from sparseft.training.units import Unit, evaluation_unit, language_unit, read_rows, task_unit
 
@@ -112,7 +113,13 @@ def run_units(
 
     Raises:
         RecipeError: as `run_study`.
+        SparseFtError: started as several processes.
     """
+    refuse_several(
+        "a study (sparseft train, sweep)",
+        "Start it once, without the launcher. To share a sweep among GPUs, start one process for "
+        "each with a pattern of its own: --only PATTERN.",
+    )
     chosen = choose_units(units, only)
     by_name = {unit.name: unit for unit in units}
     for number, unit in enumerate(chosen, start=1):

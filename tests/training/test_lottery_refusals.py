@@ -7,7 +7,15 @@ import math
 import pytest
 import torch
 
-from sparseft.errors import DataError, MaskError, NonFiniteLossError, UnknownNameError
+from sparseft.errors import (
+    DataError,
+    MaskError,
+    NonFiniteLossError,
+    SparseFtError,
+    UnknownNameError,
+)
+from sparseft.modules.ranks import started
+from sparseft.training import LoopTrainer
 
 
 def test_bad_input_is_named(run, tiny, make, tmp_path):
@@ -57,6 +65,25 @@ def test_a_nan_loss_says_the_phase_step_and_checkpoint(run, tiny, make, tmp_path
 
 def test_several_processes_are_refused(run, tiny, make, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    with pytest.raises(RuntimeError, match="runs in one process"):
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda group=None: 2)
+    with pytest.raises(SparseFtError, match="lottery_ticket runs in one process, but 2"):
         run(make(), tiny.tiny_classifier(), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_several_processes_are_refused_before_there_is_a_group(tiny, make, monkeypatch, capsys):
+    """As torchrun starts them: a second one would wait for the first one's folder, or share it."""
+    from sparseft.cli.main import main
+    from sparseft.demo.study import run_demo
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert started() == 1, "a scheduler's variable that no launcher set"
+    monkeypatch.setenv("RANK", "1")
+    assert started() == 2
+    trainer = LoopTrainer(torch.nn.Linear(2, 2), [0], steps=1, output_dir="never")
+    with pytest.raises(SparseFtError, match=r"LoopTrainer .* 2 were started .*ddp_loop.py"):
+        trainer.train()
+    with pytest.raises(SparseFtError, match="the demo runs in one process, but 2"):
+        run_demo(quiet=True)
+    assert main(["train", "nusax_senti", "--only", "*"]) != 0
+    assert "a study (sparseft train, sweep) runs in one process" in capsys.readouterr().err
