@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from sparseft.errors import AttachError
 from sparseft.modules.leaves import MaskedParameter
 from sparseft.modules.placement import DETACHED, placements
+from sparseft.modules.weight_storage import is_sharded
 
 __all__ = [
     "check_groups",
@@ -125,10 +126,31 @@ def check_places(optimizer: Optimizer, leaves: Iterable[MaskedParameter]) -> Non
         placement.check()
         placement.stepped = True
         if optimizer not in placement.settled:
+            _check_kinds(optimizer, leaves)
             for masked in leaves:
                 if masked.placement is placement:
                     _check_state_device(optimizer, masked)
             placement.settled.add(optimizer)
+
+
+def _check_kinds(optimizer: Optimizer, leaves: Sequence[MaskedParameter]) -> None:
+    """Raise AttachError for leaves and DTensors in one group that torch would step in one call."""
+    if all(masked.shards is None for masked in leaves):
+        return
+    own = {id(masked.leaf) for masked in leaves}
+    for group in optimizer.param_groups:
+        held = [p for p in group["params"] if id(p) in own]
+        together = group.get("foreach") or group.get("fused")
+        if held and "foreach" in group and group["foreach"] is None and not together:
+            together = held[0].device.type != "cpu"  # where torch chooses it
+        if held and together and any(is_sharded(p) for p in group["params"]):
+            raise AttachError(
+                f"a group of this {type(optimizer).__name__} holds leaves, which are plain tensors,"
+                " and full parameters that fully_shard has cut, which are DTensors; foreach and "
+                "fused take one kind. Build it from sparse.param_groups(), a group for each kind, "
+                "and clip with sparse.clip_grad_norm_; or leave heads whole: "
+                "fully_shard(model, ignored_params=set(model.head.parameters()))."
+            )
 
 
 def _check_state_device(optimizer: Optimizer, masked: MaskedParameter) -> None:
