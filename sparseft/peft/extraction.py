@@ -106,7 +106,7 @@ def merged_state_dict(
     *,
     dtype: torch.dtype = torch.bfloat16,
 ) -> dict[str, Tensor]:
-    """Return the state of the bare model, dense, with adapters written in; the model stays as it is.
+    """Return the state of the bare model, dense, with adapters written in. The model is unchanged.
 
     Quantised weights, targets or not, come as ``rn(dequantised + diff)``: what a merge into
     quantised storage would have to round once more. Load it into the model of the same class made
@@ -124,13 +124,15 @@ def merged_state_dict(
     Numerics: the sum in fp32 and one rounding.
     """
     state: dict[str, Tensor] = {}
-    names = list(model.active_adapters if adapter_names is None else adapter_names)  # type: ignore[arg-type, union-attr]
+    active: Any = model.active_adapters
+    names = list(active if adapter_names is None else adapter_names)
     for key, module in model.named_modules():
         inside = key.split(".")
         if any(part in _OWN for part in inside):
             continue
+        bare = ".".join(part for part in inside if part != "original_module")
         for attr, tensor in _stored(module):
-            state[parameter_name(f"{key}.{attr}")] = _dense(module, attr, tensor)
+            state[parameter_name(f"{bare}.{attr}")] = _dense(module, attr, tensor)
     for key, module in model.named_modules():
         if isinstance(module, SparseFtLayer):
             if module.merged:

@@ -122,7 +122,8 @@ class SparseFtLayer(nn.Module, BaseTunerLayer):
             self.indices_of(attr)[adapter_name] = indices
             self.values_of(attr)[adapter_name] = nn.Parameter(values)
         self._applied.clear()
-        self.set_adapter(self.active_adapters)
+        active: Any = self.active_adapters
+        BaseTunerLayer.set_adapter(self, active)
 
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None
@@ -133,7 +134,7 @@ class SparseFtLayer(nn.Module, BaseTunerLayer):
                 continue
             where = device or getattr(self.stock, attr).device
             values, indices = self.values_of(attr), self.indices_of(attr)
-            own: Tensor = indices[adapter_name]
+            own: Any = indices[adapter_name]
             indices[adapter_name] = own.to(where)
             if values[adapter_name].device not in (where, torch.device("meta")):
                 values[adapter_name] = nn.Parameter(
@@ -166,10 +167,8 @@ class SparseFtLayer(nn.Module, BaseTunerLayer):
                     continue
                 self._check_loaded(attr, key, indices)
                 values = state_dict.get(f"{prefix}{values_name}.{adapter}")
-                if isinstance(values, Tensor) and (fault := find_value_fault(values)):
-                    raise AdapterFormatError(
-                        f"{prefix}{values_name}.{adapter}: values must be finite; {fault}."
-                    )
+                if isinstance(values, Tensor):
+                    self._check_values(f"{prefix}{values_name}.{adapter}", values)
                 self._unfilled.discard((attr, adapter))
         self._applied.clear()
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
@@ -183,6 +182,12 @@ class SparseFtLayer(nn.Module, BaseTunerLayer):
             check_indices(indices, torch.Size(self.shape(attr)), AdapterFormatError)
         except AdapterFormatError as bad:
             raise AdapterFormatError(f"{key}: {bad}") from None
+
+    @staticmethod
+    def _check_values(what: str, values: Tensor) -> None:
+        fault = find_value_fault(values.detach())
+        if fault is not None:
+            raise AdapterFormatError(f"{what}: values must be finite; {fault}.")
 
     def _apply(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self._applied.clear()  # devices may change
@@ -286,13 +291,23 @@ class SparseFtLayer(nn.Module, BaseTunerLayer):
         return union, total
 
     def _check_filled(self, names: Sequence[str]) -> None:
-        for attr, adapter in self._unfilled:
-            if adapter in names:
+        """Refuse to run what was laid out and not loaded, and check what came past our own loading.
+
+        transformers puts tensors of a file into the model one by one, without load_state_dict.
+        """
+        for attr, adapter in sorted(self._unfilled):
+            if adapter not in names:
+                continue
+            indices: Tensor = self.indices_of(attr)[adapter]
+            if indices.is_meta or bool((indices < 0).all()):
                 raise AttachError(
                     f"adapter {adapter!r} says how many entries {self.name}.{attr} has, not "
                     "which: its file has not been loaded. Use PeftModel.from_pretrained, or set "
                     "config.entries = None to select anew."
                 )
+            self._check_loaded(attr, f"{self.name}.{attr} of {adapter!r}", indices)
+            self._check_values(f"{self.name}.{attr} of {adapter!r}", self.values_of(attr)[adapter])
+            self._unfilled.discard((attr, adapter))
 
     # Merging.
 
@@ -332,8 +347,8 @@ class SparseFtLayer(nn.Module, BaseTunerLayer):
                     f"{self.name}.{attr} is quantised ({kind} of {getattr(base, attr).dtype}): "
                     "nothing is merged into quantised storage, as entries would be rounded to its "
                     "few values. Run unmerged; or export a dense model, "
-                    "sparseft.peft.merged_state_dict(model, dtype=torch.bfloat16); or load the base "
-                    "in bfloat16 and merge there."
+                    "sparseft.peft.merged_state_dict(model, dtype=torch.bfloat16); or load the "
+                    "base in bfloat16 and merge there."
                 )
         return None
 

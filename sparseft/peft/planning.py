@@ -62,8 +62,10 @@ def plan_layers(config: SparseFtConfig, model: nn.Module) -> Plan:
         }
     elif config.adapter is not None:
         parts = _of_adapter(config, layers)
+        config.selection = config.adapter.metadata.method
     elif config.masks is not None:
         parts = _of_masks(config, layers)
+        config.selection = ""  # as chosen by the caller
     else:
         _maybe_include_all_linear_layers(config, model)
         parts = _selected(config, model, layers)

@@ -131,7 +131,7 @@ def write(adapter: Adapter, path: Path, *, base: Base | None, overwrite: bool) -
             )
     config = {
         "peft_type": "SPARSEFT",
-        "selection": adapter.metadata.method or "random",
+        "selection": adapter.metadata.method,
         "density": adapter.metadata.density,
         "seed": adapter.metadata.seed or 0,
         "entries": entries,
