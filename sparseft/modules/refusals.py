@@ -85,7 +85,9 @@ def _check_tensor(name: str, parameter: nn.Parameter, *, beside: bool) -> None:
         return  # quantised, and left as it is
     plain = type(parameter) is nn.Parameter or _is_fake(parameter)
     # How it is cut, `sparseft.modules.sharding` looks at.
-    plain = plain or (is_sharded(parameter) and type(cast(Any, parameter).to_local()) is Tensor)
+    if is_sharded(parameter):
+        rows = cast(Any, parameter).to_local()
+        plain = type(rows) is Tensor or _is_fake(rows)
     if not plain or parameter.dtype not in _DTYPES:
         kind = f"{type(parameter).__name__} of {parameter.dtype}"
         raise AttachError(
@@ -101,7 +103,7 @@ def _check_tensor(name: str, parameter: nn.Parameter, *, beside: bool) -> None:
         )
 
 
-def _is_fake(parameter: nn.Parameter) -> bool:
+def _is_fake(parameter: Tensor) -> bool:
     """Whether it is a stand-in without memory, of the FakeTensorMode that is active now.
 
     Under its mode a stand-in goes through every op as a plain weight would; outside, none would.
