@@ -98,8 +98,8 @@ def attach(
         UnknownNameError: a parameter or glob that does not exist, with the nearest names.
         MaskError: a mask of another shape or type, or no entry kept at all.
         AttachError: a complex, lazy or meta weight, or quantised in an unknown way; a mask there
-            already; two names of one weight; a declared tie of two dtypes; masks that are neither a mapping nor an
-            `Adapter`; an optimizer that is none; ranks with other masks, bases or values.
+            already; two names of one weight; a declared tie of two dtypes; masks that are neither a
+            mapping nor an `Adapter`; no optimizer; ranks with other masks, bases or values.
         BaseMismatchError: an `Adapter` made on another base.
 
     Numerics: forward and input gradients are the stock ones. A leaf's gradient is summed in fp32

@@ -22,6 +22,8 @@ from sparseft.errors import AttachError
 from sparseft.modules._gradient_sums import TensorSums
 from sparseft.modules._gradient_tiles import DenseGradient, EmbeddingGradient, LinearGradient
 from sparseft.modules.class_swap import masked_attributes
+from sparseft.modules.dense_view import DenseView
+from sparseft.modules.dequantise import keep_trainable, let_repack
 from sparseft.modules.experts import StackedWeight
 from sparseft.modules.fused import FusedEmbedding, FusedLinear, fused_class
 from sparseft.modules.leaves import MaskedParameter, masked_by_weight
@@ -49,7 +51,11 @@ class _Watch(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, output: Tensor, operand: Tensor, take: Callable[[Tensor, Tensor], None]
+        ctx: Any,
+        output: Tensor,
+        operand: Tensor,
+        take: Callable[[Tensor, Tensor], None],
+        anchor: Tensor | None = None,  # requires grad, where neither of the others may
     ) -> Tensor:
         ctx.save_for_backward(operand)
         ctx.take = take
@@ -61,7 +67,7 @@ class _Watch(torch.autograd.Function):
         (operand,) = ctx.saved_tensors
         with torch.no_grad():
             ctx.take(grad_output.detach(), operand.detach())
-        return grad_output, None, None
+        return grad_output, None, None, None
 
 
 class Tap:
@@ -307,6 +313,33 @@ def _put_class(module: nn.Module, taps: dict[str, Tap], undo: ExitStack) -> None
     undo.callback(restore)
 
 
+def _watch_quantised(module: nn.Module, sums: TensorSums, undo: ExitStack) -> None:
+    """Watch what goes into and comes out of a linear layer whose weight is quantised.
+
+    The stock forward runs; a hook shows its input and its output's gradient to the sums.
+    """
+    anchor = torch.zeros(0, requires_grad=True)
+
+    def take(grad: Tensor, x: Tensor) -> None:
+        gradient = LinearGradient.of_layer(
+            rows_of(grad), rows_of(x), transposed=False, wide=sums.wide
+        )
+        sums.arrived(gradient, layer=True, more=False)
+
+    def watch(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    ) -> Tensor | None:
+        if not torch.is_grad_enabled():
+            return None
+        x = args[0] if args else next(iter(kwargs.values()))
+        sums.used()
+        return cast(Tensor, _Watch.apply(output, _autocast_input(x), take, anchor))
+
+    if keep_trainable(module):
+        undo.callback(let_repack, module)
+    undo.callback(module.register_forward_hook(watch, with_kwargs=True).remove)
+
+
 def put_taps(index: ParameterIndex, sums: Iterable[TensorSums], undo: ExitStack) -> None:
     """Tap every weight that has sums.
 
@@ -317,6 +350,10 @@ def put_taps(index: ParameterIndex, sums: Iterable[TensorSums], undo: ExitStack)
     """
     by_module: dict[nn.Module, dict[str, Tap]] = {}
     for one in sums:
+        if isinstance(one.weight, DenseView):
+            for module, _ in index.owners(one.name):
+                _watch_quantised(module, one, undo)
+            continue
         tap = Tap(one, index.get(one.name))
         for module, attr in index.owners(one.name):
             by_module.setdefault(module, {})[attr] = tap

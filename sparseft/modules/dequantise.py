@@ -251,22 +251,27 @@ def _unpacked(weight: Any, state: Any) -> tuple[Tensor, Any]:
     return codes, state
 
 
-def keep_trainable(module: nn.Module, attr: str = "weight") -> None:
+def keep_trainable(module: nn.Module, attr: str = "weight") -> bool:
     """Keep a 4-bit layer from repacking its weight for inference, and undo it where it has.
 
     Repacked, it cannot train; undone, its dense value is what it was repacked. Does nothing to
     other layers.
+
+    Returns:
+        Whether `let_repack` is to be called afterwards.
     """
     weight = _weight(module, attr)
     if _kind(weight) != "bnb4":
-        return
+        return False
     state = _state_of_4bit(module, weight)
     if _packed_for_cpu(state):
         weight.data, weight.quant_state = _unpacked(weight, state)
         module.quant_state = weight.quant_state
-    if getattr(module, _REPACKS, False):
-        module.__dict__[_REPACKS_LATER] = getattr(module, _REPACKS)
+    repacks = getattr(module, _REPACKS, False)
+    if repacks:
+        module.__dict__[_REPACKS_LATER] = repacks
         setattr(module, _REPACKS, False)
+    return bool(repacks)
 
 
 def let_repack(module: nn.Module) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from numbers import Integral
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from sparseft.modules._collective import Group, Ranks
 from sparseft.modules._gradient_sums import Rule, TensorSums
 from sparseft.modules._gradient_taps import put_taps
 from sparseft.modules._gradient_tiles import Scratch
+from sparseft.modules.dense_view import DenseView, readable
 from sparseft.modules.names import ParameterIndex
 from sparseft.modules.weight_storage import is_sharded
 
@@ -139,7 +140,7 @@ class GradientScores:
         barred = {index.resolve(name): pattern for name, pattern in (exclude or {}).items()}
         self._sums: list[TensorSums] = []
         for ordinal, name in enumerate(names):
-            weight = index.get(name)
+            weight = readable(index, name)
             _check_weight(name, weight)
             if found is not None and name not in found:
                 raise MaskError(
@@ -151,7 +152,7 @@ class GradientScores:
             one = TensorSums(
                 name,
                 ordinal,
-                weight.detach(),
+                cast(Tensor, weight) if isinstance(weight, DenseView) else weight.detach(),
                 rule,
                 wanted,
                 out if isinstance(out, SparsePattern) and out.nnz else None,
@@ -244,12 +245,13 @@ def _is_compiled(module: nn.Module) -> bool:
     )
 
 
-def _check_weight(name: str, weight: nn.Parameter) -> None:
-    plain = type(weight) is nn.Parameter or is_sharded(weight)
+def _check_weight(name: str, weight: Any) -> None:
+    plain = type(weight) is nn.Parameter or isinstance(weight, DenseView) or is_sharded(weight)
     if not weight.is_floating_point() or weight.is_meta or not plain:
         raise MaskError(
             f"{name!r} is a {type(weight).__name__} of {weight.dtype} on {weight.device}; wanted a "
-            "plain floating nn.Parameter that holds values, or one that fully_shard has cut."
+            "plain floating nn.Parameter that holds values, one that fully_shard has cut, or one "
+            "that bitsandbytes or torchao has quantised."
         )
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sparseft.errors import MaskError
+from sparseft.modules.dense_view import DenseView
 from sparseft.modules.weight_storage import full_value, is_sharded
 from sparseft.selection.registry import Candidates, Piece, register_selector
 
@@ -27,13 +28,13 @@ def select_function(
         candidates: parameters.
         fn: called once for each candidate, in order of names, without gradients; must return a
             tensor of the parameter's shape and leave the parameter as it is (a sharded one comes
-            whole, a copy).
+            whole, a quantised one dense: copies).
 
     Raises:
         MaskError: another type, shape or dtype; negative scores.
     """
     for name, parameter in candidates.parameters.items():
-        if is_sharded(parameter):
+        if is_sharded(parameter) or isinstance(parameter, DenseView):
             parameter = nn.Parameter(full_value(parameter), requires_grad=False)
         version = parameter._version
         with torch.no_grad():

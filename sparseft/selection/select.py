@@ -14,6 +14,7 @@ from sparseft._text import did_you_mean
 from sparseft.diff import MaskLike, SparsePattern, as_pattern
 from sparseft.errors import MaskError, OptionError, UnknownNameError
 from sparseft.modules import ParameterIndex
+from sparseft.modules.dense_view import readable
 from sparseft.modules.sharding import settle_model
 from sparseft.selection.counts import all_nnz, is_integer, is_several
 from sparseft.selection.masks import Masks
@@ -58,7 +59,8 @@ def candidates_of(
     settle_model(model)  # after an evaluation FSDP2's root may show whole weights for a while
     index = ParameterIndex(model)
     chosen = sorted(names_between(index, include, exclude))
-    parameters = {name: index.get(name) for name in chosen if index.get(name).is_floating_point()}
+    found = {name: readable(index, name) for name in chosen}
+    parameters = {name: p for name, p in found.items() if p.is_floating_point()}
     if not parameters:
         raise MaskError(
             f"no parameter is left to select from: include={include!r} and exclude={exclude!r} "
@@ -132,7 +134,8 @@ def select(
     Args:
         model: its parameters are read, never changed. Tied parameters count once. Sharded by
             `fully_shard`: every process calls, and gets the same masks; tensors are gathered one at
-            a time, for methods that read them.
+            a time, for methods that read them. Quantised ones are read dequantised, one at a time;
+            masks have their logical shape.
         method: a name from `selectors`: "magnitude" (largest ``|theta1 - theta0|``: needs
             ``base``), "random" (``seed``), "file" (``path=``), "function" (``fn=``), ... Structures
             ("rows", "blocks", "tiles", "n:m") build on the scores of another: ``score=`` names it,
@@ -209,7 +212,9 @@ def select(
     if nnz is not None or density is not None or kind in ("scores", "structure"):
         of = candidates.numel
         if density_of == "model":
-            of = sum(p.numel() for _, p in ParameterIndex(model).items() if p.is_floating_point())
+            index = ParameterIndex(model)
+            every = (readable(index, name) for name in index.names)
+            of = sum(p.numel() for p in every if p.is_floating_point())
         what = "candidate entries" if density_of == "candidates" else "model entries"
         counts = all_nnz(nnz, density, candidates=candidates.numel, of=of, of_what=what)
     filled = {"nnz": counts if kind == "structure" else max(counts, default=0), "scope": scope}
