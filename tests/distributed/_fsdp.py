@@ -60,7 +60,7 @@ def masks(model: nn.Module, kept: float = 0.3, seed: int = 1) -> dict[str, Tenso
     generator = torch.Generator().manual_seed(seed)
     found = {}
     for name, p in model.named_parameters():
-        if not name.startswith("head."):
+        if not name.startswith("head.") and "diff_" not in name:
             mask = torch.rand(tuple(p.shape), generator=generator) < kept
             mask.view(-1)[seed] = True
             found[name] = mask
