@@ -8,7 +8,7 @@ error. This is the one place that compares ranks.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from sparseft.errors import AttachError
 from sparseft.modules._collective import Group, Ranks
 from sparseft.modules.leaves import MaskedParameter
 
-__all__ = ["check_adapter", "check_bases", "check_masks", "check_moves"]
+__all__ = ["check_adapter", "check_attached", "check_bases", "check_masks", "check_moves"]
 
 _SAME_MASKS = (
     "Masks are to be the same on every rank: select with one seed and the same weights, or select "
@@ -63,6 +63,15 @@ def check_bases(masked: Iterable[MaskedParameter], group: Group) -> None:
     if ranks.several:
         claims = {m.name: _digest(m.base) for m in masked}
         _check("attach", "the base weights at the mask", claims, _SAME_BASE, ranks)
+
+
+def check_attached(masked: Collection[MaskedParameter], full: Iterable[str], group: Group) -> None:
+    """Raise AttachError, on every rank, unless all have attached the same masks to the same bases.
+
+    For where several processes begin to train that attached before they knew of each other.
+    """
+    check_masks({m.name: m.pattern for m in masked}, full, group)
+    check_bases(masked, group)
 
 
 def check_adapter(adapter: Adapter | None, action: str, group: Group) -> None:

@@ -18,6 +18,7 @@ from torch import nn
 
 from sparseft.attachment import Attachment, attachments_of
 from sparseft.errors import AttachError, DiffError
+from sparseft.modules.agreement import check_attached
 from sparseft.training.meter import Reading, TrainingMeter
 from sparseft.training.saved_entries import begin_watching, saved_entries
 from sparseft.training.token_hook import count_tokens
@@ -79,7 +80,7 @@ class SparseCallback(_Base):
 
     Raises:
         AttachError: an attachment of another type; when training begins, a model without masks,
-            or without those given.
+            or without those given, or processes with others.
 
     Numerics: training is not touched. Nothing waits for the device between logs and saves. Tokens
         are the entries of ``input_ids`` (shapes alone, the attention mask is not read), or
@@ -168,6 +169,8 @@ class SparseCallback(_Base):
         self._end()
         model = kwargs["model"]
         self.attachment = attachment = self._find(model)
+        # Trainer makes the process group, so masks may have been attached before there was one.
+        check_attached(attachment._masked.values(), attachment.full_params, attachment._group)
         self._folder = None if state.is_hyper_param_search else Path(args.output_dir)
         self.meter = meter = TrainingMeter(
             attachment, kwargs.get("optimizer"), watch_entries=self.watch_entries
