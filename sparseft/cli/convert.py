@@ -28,6 +28,7 @@ formats (found by the files themselves):
   composable-sft     pytorch_diff.bin                    read, write
   spiel              PEFT fork, peft_type SFT            read, write
   peft-shira         PEFT SHiRA                          read, write
+  peft-sparseft      sparseft.peft, the method in PEFT   read, write
   peft-supertuning   PEFT Super-Tuning                   read, write
   rosa               PEFT fork; sparse part              read
   lora               PEFT LoRA; its largest entries      read, lossy: --density or --nnz
