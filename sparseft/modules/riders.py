@@ -16,11 +16,13 @@ from torch import Tensor, nn
 
 from sparseft.errors import AttachError, ResumeError
 from sparseft.modules.compact import ATTACHMENTS
+from sparseft.modules.leaves import leaf_attribute
 
 __all__ = ["Rider", "board", "leave", "listen", "riding", "unlisten"]
 
 # In front of a rider's keys in the state dict, and where a module keeps its rider.
-_PREFIX = "_sparseft_moving."
+_MOVING = "_sparseft_moving"
+_PREFIX = f"{_MOVING}."
 _RIDER = "_sparseft_rider"
 
 
@@ -48,6 +50,7 @@ def _load(module: nn.Module, state_dict: Any, prefix: str, *rest: Any) -> None:
         return
     found = [key for key in state_dict if key.startswith(start)]
     if found:
+        _refuse_own_tensors(module, state_dict, prefix)
         rider.load_tensors({key.removeprefix(start): state_dict.pop(key) for key in found})
 
 
@@ -63,6 +66,33 @@ def _refuse_moved(module: nn.Module, state_dict: Any, start: str) -> None:
                 "is another than the one attached. Make Reselection(attachment, ...) with the "
                 "options of that run first, then load: it moves the masks there."
             )
+
+
+def _refuse_own_tensors(module: nn.Module, state_dict: Any, prefix: str) -> None:
+    """Raise ResumeError where masks are about to move under the tensors that are to be loaded."""
+    for attachment in module.__dict__.get(ATTACHMENTS, ()):
+        for name, pattern in attachment.patterns.items():
+            saved = state_dict.get(f"{prefix}{_PREFIX}indices.{name}")
+            if saved is None or torch.equal(saved.to(pattern.indices), pattern.indices):
+                continue
+            leaf, key = attachment.leaves[name], f"{prefix}{leaf_attribute(name)}"
+            values = state_dict.get(key)
+            if isinstance(values, Tensor) and values.data_ptr() == leaf.data_ptr():
+                raise ResumeError(
+                    f"{key!r} was loaded in place (torch.distributed.checkpoint.load does so), but "
+                    f"the mask of {name!r} has yet to move to where it was saved. Load into "
+                    "sparseft.training.load_target(state, folder) instead of into the model's own "
+                    "tensors, then set_state_dict; the base has to be loaded again first."
+                )
+
+
+class _Moving:
+    """What keys of riders lead to: torch.distributed.checkpoint follows each through the model."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "_fqn_modifiers":
+            raise AttributeError(name)
+        return self
 
 
 def listen(model: nn.Module) -> None:
@@ -93,12 +123,14 @@ def board(model: nn.Module, rider: Rider) -> None:
         )
     listen(model)
     model.__dict__[_RIDER] = rider
+    model.__dict__[_MOVING] = _Moving()
 
 
 def leave(model: nn.Module, rider: Rider) -> None:
     """End what `board` began. The hooks stay as long as masks are attached."""
     if model.__dict__.get(_RIDER) is rider:
         del model.__dict__[_RIDER]
+        model.__dict__.pop(_MOVING, None)
 
 
 def riding(model: nn.Module) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sparseft.errors import BaseMismatchError
 from sparseft.modules.leaves import MaskedParameter, leaf_attribute
 from sparseft.modules.names import STATE_KEY
-from sparseft.ops import gather_entries, write_entries_
+from sparseft.modules.weight_storage import read_entries, write_entries
 from sparseft.ops._rounding import rounds_either_way
 
 __all__ = ["rounded_entries", "rounded_key", "rounded_keys", "rounded_tensors", "write_rounded_"]
@@ -30,7 +30,7 @@ def rounded_entries(masked: MaskedParameter) -> Tensor | None:
     if masked.separate or masked.weight.dtype not in (torch.bfloat16, torch.float16):
         return None
     masked.follow_weight_()
-    found = gather_entries(masked.weight.detach(), masked.indices, backend=masked.backend)
+    found = read_entries(masked.weight, masked.indices, backend=masked.backend)
     if torch.equal(found, masked.expected_entries(masked.leaf)):
         return None
     return found if rounds_either_way(found, masked.base, masked.leaf) else None
@@ -51,7 +51,7 @@ def write_rounded_(masked: MaskedParameter, entries: Tensor | None) -> None:
             f"the checkpoint's rounded entries of {masked.name!r} are not this base plus its diff. "
             "Load the base model that the run began with, and attach its masks, before loading."
         )
-    write_entries_(masked.weight, masked.indices, found, backend=masked.backend)
+    write_entries(masked.weight, masked.indices, found, backend=masked.backend)
 
 
 def _owned(model: nn.Module) -> Iterator[tuple[str, MaskedParameter]]:

@@ -77,7 +77,19 @@ def note_step(optimizer: Optimizer) -> bool:
     """Remember, weakly, that an optimizer has stepped a leaf: it may have state of it."""
     if _stepped.get(optimizer) is None:
         _stepped.put(optimizer, optimizer)
+        if _forget not in optimizer._optimizer_load_state_dict_post_hooks.values():
+            optimizer.register_load_state_dict_post_hook(_forget)
     return True
+
+
+def _forget(optimizer: Optimizer) -> None:
+    """Load post-hook: the state that it has now belongs to masks that are loaded, too.
+
+    (torch.distributed.checkpoint makes a step of lr 0 for state to load into, and loads the
+    optimizer before the model, whose masks then move.)
+    """
+    if _stepped.get(optimizer) is optimizer:
+        _stepped.remove(optimizer)
 
 
 def stepped() -> list[Optimizer]:

@@ -15,6 +15,7 @@ from sparseft.training.phases import Phase
 from sparseft.training.progress import track
 from sparseft.training.reselection import Reselection
 from sparseft.training.schedule import SCHEDULES
+from sparseft.training.sharded_checkpoint import load_target
 
 __all__ = [
     "SCHEDULES",
@@ -27,6 +28,7 @@ __all__ = [
     "SparseCallback",
     "TrainingMeter",
     "dense_phase",
+    "load_target",
     "lottery_ticket",
     "track",
 ]
