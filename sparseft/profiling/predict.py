@@ -17,17 +17,25 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
 import torch
 
 from sparseft.errors import OptionError
+from sparseft.profiling.communication import Communication, Counter
 from sparseft.profiling.memory import MemoryUse, split
 from sparseft.profiling.models import LABELLED
 from sparseft.profiling.quantised import build_quantised
-from sparseft.profiling.sharding import Shards, shard
+from sparseft.profiling.sharding import (
+    assumed_of,
+    check_ranks,
+    ddp_buckets,
+    ddp_communication,
+    fake_ranks,
+    sharder,
+)
 from sparseft.profiling.sides import Built, build
 from sparseft.profiling.tracker import MemoryTracker, Moment
 from sparseft.profiling.trained import added_by, state_of
@@ -49,29 +57,37 @@ class Prediction:
     Attributes:
         use: bytes at its peak, by part.
         trainable: numbers that train.
-        reduced: bytes that ranks sum up each step: the gradients.
+        communication: bytes that a rank exchanges in a step.
         at: the operation during which the peak occurs.
         assumed: what the figures rest on besides the code that ran.
     """
 
     use: MemoryUse
     trainable: int
-    reduced: int = 0
+    communication: Communication = Communication()
     at: str = ""
     assumed: tuple[str, ...] = ()
 
 
-def predict(workload: Workload, way: Way, device: str = "cpu", world_size: int = 1) -> Prediction:
-    """Return the peak memory of a steady training step, by part.
+def predict(
+    workload: Workload,
+    way: Way,
+    device: str = "cpu",
+    world_size: int = 1,
+    sharding: str = "fsdp",
+) -> Prediction:
+    """Return the peak memory of a steady training step, by part, and what ranks exchange in it.
 
     Args:
         workload: the step; its model may be any transformers config, and larger than this machine.
         way: how it trains.
         device: ``"cpu"`` or ``"cuda"``; neither has to be there.
-        world_size: ranks that share the frozen base, see `sharding`.
+        world_size: ranks that share the step; the figures are of one.
+        sharding: how, ``"fsdp"`` or ``"ddp"``: see the module of that name.
 
     Raises:
-        OptionError: another device, no rank; task, length or dtype that do not fit the model.
+        OptionError: another device or way to share, no rank; FSDP where torch.distributed is
+            initialised; task, length or dtype that do not fit the model.
         DataError: the model is not found.
         Unavailable: fake tensors cannot run this way.
 
@@ -84,44 +100,62 @@ def predict(workload: Workload, way: Way, device: str = "cpu", world_size: int =
     kind = torch.device(device).type
     if kind not in ("cpu", "cuda"):
         raise OptionError(f"{device=}; memory is predicted for 'cpu' or 'cuda'.")
-    if not isinstance(world_size, int) or isinstance(world_size, bool) or world_size < 1:
-        raise OptionError(f"{world_size=}; wanted at least one rank.")
+    check_ranks(world_size, sharding)
     # A CPU's operations hold more the more threads share them.
-    return _predict(workload, way, kind, world_size, torch.get_num_threads())
+    threads = torch.get_num_threads()
+    if world_size == 1:
+        return _predict(workload, way, kind, 1, threads)[0]
+    if sharding == "fsdp":
+        found = _predict(workload, way, kind, world_size, threads)[0]
+    else:
+        found = _replicated(*_predict(workload, way, kind, 1, threads))
+    notes = assumed_of(way, world_size, sharding, workload.base)
+    return replace(found, assumed=(*found.assumed, *notes))
+
+
+def _replicated(alone: Prediction, sent: Communication, buckets: int) -> Prediction:
+    """Return what each of several ranks takes under DDP: its buckets are there all along."""
+    use = replace(alone.use, gradients=alone.use.gradients + buckets)
+    return replace(alone, use=use, communication=sent)
 
 
 @functools.lru_cache(maxsize=64)
 def _predict(
     workload: Workload, way: Way, device: str, world_size: int, threads: int
-) -> Prediction:
+) -> tuple[Prediction, Communication, int]:
+    """Return what FSDP's ranks take, or one alone, and of that one what DDP would add."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    workspace = Workspace(device, threads)
+    workspace, counter = Workspace(device, threads), Counter()
     block = _CUDA_BLOCK if device == "cuda" else 1
-    with (
-        FakeTensorMode(allow_non_fake_inputs=True),
-        without_values(),
-        _as_on(device),
-        MemoryTracker(block=block, workspace=workspace) as tracker,
-    ):
+
+    def seen(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+        counter.see(func, args)
+        return workspace(func, args, kwargs)
+
+    with contextlib.ExitStack() as around:
+        mesh = around.enter_context(fake_ranks(world_size)) if world_size > 1 else None
+        around.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        around.enter_context(without_values())
+        around.enter_context(_as_on(device))
+        tracker = around.enter_context(MemoryTracker(block=block, workspace=seen))
         make = build_quantised if workload.base else build
-        built = make(workload, way, "cpu")
+        built = make(workload, way, "cpu", shard=None if mesh is None else sharder(mesh))
         if device == "cuda":
             _choose_multi_tensor(built.optimizer)
+        counter.found.clear()
         moment, held = _steady_step(built, tracker, workspace)
-        shards = Shards.of(built, world_size)
-        reduced = sum(
-            p.numel() * p.element_size() for p in built.model.parameters() if p.requires_grad
-        )
-    use = _parts(moment, held, workspace)
-    notes = [*workspace.assumed, *shards.assumed]
-    return Prediction(
-        use=shard(use, shards),
-        trainable=built.trainable,
-        reduced=reduced if world_size > 1 else 0,
+        sent, buckets = ddp_communication(built), ddp_buckets(built)
+        trainable = built.trainable
+        del built  # while its tensors can still be asked
+    found = Prediction(
+        use=_parts(moment, held, workspace),
+        trainable=trainable,
+        communication=counter.total(),
         at=moment.operation,
-        assumed=tuple(notes),
+        assumed=workspace.assumed,
     )
+    return found, sent, buckets
 
 
 def _parts(moment: Moment, held: Moment, workspace: Workspace) -> MemoryUse:
@@ -158,17 +192,24 @@ def _steady_step(
         with tracker.gradients_of(built.model.parameters()):
             tracker.restart()
             built.backward(built.forward())
+        # Shards of gradients are set by FSDP, and nothing says when.
+        tracker.adopt((p.grad for p in built.model.parameters() if p.grad is not None), "gradients")
     finally:
         hook.remove()
     passes, held = tracker.peak, ends[0]
     if built.optimizer is None:
         return passes, held
+    there = tracker.alive()
+    before = tracker.kinds.get("diff", 0)
     built.optimizer.step()
     tracker.adopt(state_of(built.optimizer), "optimizer")
-    state = tracker.kinds.get("optimizer", 0)
+    # What else stays: where a rank's own entries are.
+    tracker.adopt_rest("diff", but=there)
+    state, more = tracker.kinds.get("optimizer", 0), tracker.kinds.get("diff", 0) - before
     for moment in (passes, held):
-        moment.total += state
+        moment.total += state + more
         moment.kinds["optimizer"] = state
+        moment.kinds["diff"] = moment.kinds.get("diff", 0) + more
     tracker.restart()
     built.optimizer.step()
     return max(passes, tracker.peak, key=lambda moment: moment.total), held

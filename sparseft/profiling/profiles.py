@@ -12,10 +12,13 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from sparseft._text import human_bytes, parse_bytes
 from sparseft.benchmarking.limits import too_little
 from sparseft.errors import DataError, OptionError, SparseFtError
+from sparseft.profiling.communication import Communication
 from sparseft.profiling.fits import Fit, largest_densities
 from sparseft.profiling.measure import Measurement, measure, measure_here
 from sparseft.profiling.memory import MemoryUse
 from sparseft.profiling.predict import Prediction, predict
+from sparseft.profiling.rank_measure import MOST_RANKS, measure_ranks
+from sparseft.profiling.sharding import check_ranks
 from sparseft.profiling.worker import failure
 from sparseft.profiling.workload import KINDS, Way, Workload
 
@@ -25,6 +28,8 @@ DEFAULT_DENSITIES = (0.001, 0.01, 0.05, 0.1, 1.0)
 DEFAULT_WAYS = ("attached", "dense", "lora", "frozen")
 # Days on a CPU and, dense, more memory than any one GPU has: measured only when asked.
 _LARGE = ("7b", "13b", "30b")
+# What a process takes before it has a model: torch, transformers.
+_INTERPRETER = 600 << 20
 
 Tick = Callable[[str, int, int], None]
 
@@ -56,6 +61,16 @@ class ProfileRow:
         return None if self.measurement is None else self.measurement.use
 
     @property
+    def exchange_predicted(self) -> Communication | None:
+        """Bytes that a rank exchanges in a step."""
+        return None if self.prediction is None else self.prediction.communication
+
+    @property
+    def exchange_measured(self) -> Communication | None:
+        """Bytes that a rank exchanged in a step."""
+        return None if self.measurement is None else self.measurement.communication
+
+    @property
     def assumed(self) -> tuple[str, ...]:
         """What the prediction rests on, besides the code that ran."""
         return () if self.prediction is None else self.prediction.assumed
@@ -81,7 +96,8 @@ class Profile:
     Args:
         workload: the step.
         device: ``"cpu"`` or ``"cuda"``.
-        world_size: ranks that share weights and optimizer; figures are of one.
+        world_size: ranks that share the step; figures are of one.
+        sharding: how they share it, ``"fsdp"`` or ``"ddp"``.
         rows: by way and density.
         fits: one for each limit asked for.
         how: where measured bytes come from.
@@ -90,6 +106,7 @@ class Profile:
     workload: Workload
     device: str
     world_size: int
+    sharding: str
     rows: tuple[ProfileRow, ...]
     fits: tuple[Fit, ...]
     how: str
@@ -114,6 +131,7 @@ def profile(
     ways: Sequence[str] = DEFAULT_WAYS,
     device: str = "cpu",
     world_size: int = 1,
+    sharding: str = "fsdp",
     predict_only: bool = False,
     large: bool = False,
     fits: Sequence[int | str] = (),
@@ -130,13 +148,15 @@ def profile(
             every entry.
         ways: kinds of `Way`.
         device: ``"cpu"`` or ``"cuda"``.
-        world_size: predict for so many ranks that share weights; measured for 1 only.
+        world_size: ranks that share the step; ``workload.batch`` is each one's. Measured in as
+            many processes of this machine, where it has the memory.
+        sharding: how they share it: ``"fsdp"`` cuts weights, ``"ddp"`` copies them.
         predict_only: measure nothing; then a device that is not at hand will do.
         large: measure ``7b``, ``13b`` and ``30b`` too, if memory suffices.
         fits: limits in bytes or as ``"24GiB"``: the largest density below each is sought.
         steps: timed steps, at least 2.
         threads: torch's, measured and predicted; None: what this process has.
-        isolated: measure each way in a process of its own; in this one otherwise.
+        isolated: measure each way in a process of its own; in this one otherwise (of one rank).
         progress: called as ``progress(what, done, of)``.
 
     Returns:
@@ -144,7 +164,8 @@ def profile(
 
     Raises:
         OptionError: a density outside (0, 1], an unknown way or device, CUDA where there is none,
-            a limit that is no size; what the `Workload` says of its model.
+            no rank, an unknown way to share, a limit that is no size; what the `Workload` says of
+            its model.
         DataError: a model that is not found.
 
     Example:
@@ -156,8 +177,7 @@ def profile(
     limits = [_limit(given) for given in fits]
     chosen = _ways(ways, densities)
     _check_device(device, predict_only)
-    if world_size < 1 or isinstance(world_size, bool):
-        raise OptionError(f"{world_size=}; wanted at least one rank.")
+    check_ranks(world_size, sharding)
     if steps < 2:
         raise OptionError(f"{steps=}: a spread of times needs at least 2 steps.")
     tick = progress or (lambda what, done, of: None)
@@ -165,7 +185,7 @@ def profile(
     rows: list[ProfileRow] = []
     for way in chosen:
         with _threads(threads):
-            rows.append(_predicted(workload, way, device, world_size))
+            rows.append(_predicted(workload, way, device, world_size, sharding))
         step()
     found: list[Fit] = []
     if limits:
@@ -173,7 +193,7 @@ def profile(
         def peak_at(density: float) -> int:
             way = Way("attached", density)
             with _threads(threads):
-                return predict(workload, way, device=device, world_size=world_size).use.peak
+                return predict(workload, way, device, world_size, sharding).use.peak
 
         known = {
             row.way.share: row.predicted.peak
@@ -188,13 +208,15 @@ def profile(
         if reason:
             rows[i] = replace(row, not_measured=reason)
         else:
-            rows[i] = _measured(workload, row, device, steps, threads, isolated)
+            ranks = (world_size, sharding)
+            rows[i] = _measured(workload, row, device, ranks, steps, threads, isolated)
         step()
     how = next((r.measurement.how for r in rows if r.measurement is not None), "")
     return Profile(
         workload=workload,
         device=device,
         world_size=world_size,
+        sharding=sharding,
         rows=tuple(rows),
         fits=tuple(found),
         how=how,
@@ -239,9 +261,11 @@ def _check_device(device: str, predict_only: bool) -> None:
         )
 
 
-def _predicted(workload: Workload, way: Way, device: str, world_size: int) -> ProfileRow:
+def _predicted(
+    workload: Workload, way: Way, device: str, world_size: int, sharding: str
+) -> ProfileRow:
     try:
-        found = predict(workload, way, device=device, world_size=world_size)
+        found = predict(workload, way, device, world_size, sharding)
     except (DataError, OptionError):
         raise
     except Exception as error:  # one way of training must not take the others along
@@ -283,25 +307,52 @@ def _why_not(
         return "predictions only were asked for"
     if workload.base:
         return f"a base of {workload.base} is predicted only"
-    if world_size > 1:
-        return f"{world_size} ranks are predicted only"
+    if reason := _too_many(world_size, device):
+        return reason
     if workload.model in _LARGE and not large:
         return f"{workload.model} is predicted only, unless --large (large=True) asks for more"
     if row.predicted is None:
         return ""
+    if world_size > 1 and device == "cpu":
+        return too_little(world_size * (row.predicted.peak + _INTERPRETER), device)
     return too_little(row.predicted.peak, device)
+
+
+def _too_many(world_size: int, device: str) -> str:
+    """Return why so many ranks are not measured here; empty if they are."""
+    if device == "cuda":
+        there = torch.cuda.device_count()
+        if 1 < world_size > there:
+            return f"{world_size} ranks are predicted only: a GPU each, and here are {there}"
+    elif world_size > MOST_RANKS:
+        return (
+            f"{world_size} ranks are predicted only: at most {MOST_RANKS} processes are measured "
+            "on one CPU"
+        )
+    return ""
 
 
 def _measured(
     workload: Workload,
     row: ProfileRow,
     device: str,
+    ranks: tuple[int, str],
     steps: int,
     threads: int | None,
     isolated: bool,
 ) -> ProfileRow:
     try:
-        if isolated:
+        if ranks[0] > 1:
+            world_size, sharding = ranks
+            found = measure_ranks(
+                workload,
+                row.way,
+                device,
+                world_size=world_size,
+                sharding=sharding,
+                threads=threads,
+            )
+        elif isolated:
             found = measure(workload, row.way, device, steps=steps, threads=threads)
         else:
             found = measure_here(workload, row.way, device, steps=steps)

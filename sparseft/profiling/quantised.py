@@ -15,6 +15,7 @@ multiplied as it is, with its input in int8 and its sums in int32, and decoded i
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparseft.attachment import attach
+from sparseft.modules.leaf_reduction import LeafReduction
+from sparseft.modules.weight_storage import is_sharded
 from sparseft.ops.spmm import segment_spmm
 from sparseft.profiling.equal_count import equal_ranks
 from sparseft.profiling.models import build_inputs, build_model
@@ -38,6 +41,9 @@ from sparseft.profiling.trained import (
 from sparseft.profiling.workload import Unavailable, Way, Workload
 
 __all__ = ["build_quantised"]
+
+Layers = dict[str, nn.Linear]
+Shard = Callable[[nn.Module], None]
 
 _BLOCK = 64
 
@@ -83,7 +89,8 @@ class QuantisedLinear(nn.Module):
             (-(-numel // 2), -(-numel // _BLOCK)) if bits == 4 else (numel, self.shape[0])
         )
         device = layer.weight.device
-        self.register_buffer("codes", torch.empty(size, dtype=torch.uint8, device=device))
+        codes = torch.empty(size, dtype=torch.uint8, device=device)
+        self.codes = nn.Parameter(codes, requires_grad=False)
         self.register_buffer("scales", torch.empty(blocks, device=device))
         self.bias = layer.bias
         self.indices: Tensor | None = None
@@ -115,8 +122,16 @@ class QuantisedLinear(nn.Module):
         return y
 
 
-def build_quantised(workload: Workload, way: Way, device: torch.device | str) -> Built:
+def build_quantised(
+    workload: Workload,
+    way: Way,
+    device: torch.device | str,
+    *,
+    shard: Callable[[nn.Module], None] | None = None,
+) -> Built:
     """Build one way to train beside a quantised base; arguments as `sides.build`.
+
+    Codes are cut as any weight; scales, part of bitsandbytes' state beside it, are on every rank.
 
     Raises:
         Unavailable: a way that trains the weights themselves; a model without `nn.Linear`.
@@ -134,14 +149,12 @@ def build_quantised(workload: Workload, way: Way, device: torch.device | str) ->
     if not layers:
         raise Unavailable(f"model {workload.model!r} has no nn.Linear in its body to quantise.")
     maker = {"attached": _attached, "lora": _lora, "frozen": _frozen}[way.kind]
-    built = maker(model, workload, way, layers)
+    built = maker(model, workload, way, layers, shard or (lambda model: None))
     built.inputs = inputs
     return built
 
 
-def _quantise(
-    model: nn.Module, layers: dict[str, nn.Linear], bits: int
-) -> dict[str, QuantisedLinear]:
+def _quantise(model: nn.Module, layers: Layers, bits: int) -> dict[str, QuantisedLinear]:
     made = {}
     for name, layer in layers.items():
         parent, _, attr = name.rpartition(".")
@@ -155,12 +168,13 @@ def _bits(workload: Workload) -> int:
 
 
 def _attached(
-    model: nn.Module, workload: Workload, way: Way, layers: dict[str, nn.Linear]
+    model: nn.Module, workload: Workload, way: Way, layers: Layers, shard: Shard
 ) -> Built:
     patterns = draw_patterns(model, workload, way)
     heads = head_names(model)
     beside = {name: patterns.pop(f"{name}.weight") for name in layers}
     made = _quantise(model, layers, _bits(workload))
+    shard(model)
     model.requires_grad_(False)
     attachment = attach(model, patterns, full_params=heads) if patterns else None
     for name, layer in made.items():
@@ -170,10 +184,13 @@ def _attached(
     optimizer = make_optimizer(workload, trained, ours=True)
     head = numel_of(model, heads)
     count = sum(p.numel() for p in trained)
-    return Built(workload, way, model, optimizer, attachment, {}, count, head)
+    built = Built(workload, way, model, optimizer, attachment, {}, count, head)
+    if any(map(is_sharded, model.parameters())):  # as `attach` makes one for its own leaves
+        built.facts["reduction"] = LeafReduction(leaves, None, model=model)
+    return built
 
 
-def _lora(model: nn.Module, workload: Workload, way: Way, layers: dict[str, nn.Linear]) -> Built:
+def _lora(model: nn.Module, workload: Workload, way: Way, layers: Layers, shard: Shard) -> Built:
     wanted = masked_count(model, way)
     heads = head_names(model)
     model.requires_grad_(False)
@@ -184,13 +201,15 @@ def _lora(model: nn.Module, workload: Workload, way: Way, layers: dict[str, nn.L
     for name, layer in _quantise(model, layers, _bits(workload)).items():
         if ranks[name]:
             layer.adapt(ranks[name], dtype)
+    shard(model)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = make_optimizer(workload, trained, ours=False)
     head = numel_of(model, heads)
     return Built(workload, way, model, optimizer, None, {}, sum(p.numel() for p in trained), head)
 
 
-def _frozen(model: nn.Module, workload: Workload, way: Way, layers: dict[str, nn.Linear]) -> Built:
+def _frozen(model: nn.Module, workload: Workload, way: Way, layers: Layers, shard: Shard) -> Built:
     _quantise(model, layers, _bits(workload))
+    shard(model)
     freeze(model)
     return Built(workload, way, model, None, None, {}, 0, 0)

@@ -8,12 +8,21 @@ from pathlib import Path
 from typing import Any
 
 from sparseft._text import human_bytes
+from sparseft.profiling.communication import Communication
 from sparseft.profiling.fits import GRID, Fit
 from sparseft.profiling.memory import PARTS, MemoryUse
 from sparseft.profiling.profiles import Profile, ProfileRow
 from sparseft.profiling.workload import Way
 
-__all__ = ["fit_line", "label_of", "lines_above", "notes_below", "profile_json", "profile_table"]
+__all__ = [
+    "exchange_table",
+    "fit_line",
+    "label_of",
+    "lines_above",
+    "notes_below",
+    "profile_json",
+    "profile_table",
+]
 
 _NAMES = {"lora": "LoRA", "shira": "SHiRA", "gradient_mask": "grad. mask"}
 _HEADINGS = {
@@ -28,6 +37,17 @@ _LEGEND = (
     "diff: what the way of training keeps beside the model: leaves, indices, base values, plans; "
     "adapters; masks.",
     "activ.: at the peak, what the forward pass holds for the backward pass. temp.: the rest.",
+)
+_EXCHANGES = {
+    "all_reduced": "all-reduced",
+    "all_gathered": "all-gathered",
+    "reduce_scattered": "reduce-scattered",
+    "broadcast": "broadcast",
+}
+_OF_RANKS = (
+    "Bytes that each rank exchanges in a step: tensors reduced, gathered or sent, whole; sent by a "
+    "ring of N ranks: 2 (N - 1)/N of what is all-reduced, (N - 1)/N of what is gathered or "
+    "scattered (Patarasuk and Yuan 2009).",
 )
 # From here on in GiB.
 _LARGE = 4 << 30
@@ -70,7 +90,7 @@ def profile_table(found: Profile) -> tuple[list[str], list[list[str]]]:
             [label_of(row.way), "pred.", *_bytes(row.predicted, unit, missing), error, "", ""]
         )
         time, speed = "", ""
-        if row.measurement is not None:
+        if row.measurement is not None and row.measurement.steps:
             time = _time(row.measurement.seconds["median"])
             speed = f"{row.measurement.tokens_per_second:,.0f}"
         missing = _note(reasons, row.not_measured)
@@ -79,12 +99,32 @@ def profile_table(found: Profile) -> tuple[list[str], list[list[str]]]:
     return header, rows
 
 
+def exchange_table(found: Profile) -> tuple[list[str], list[list[str]]]:
+    """Return headings and rows of what each rank exchanges in a step; no rows of one rank alone.
+
+    Where it was measured, a second row says so; bytes in full, for they are to be equal.
+    """
+    header = ["way", "", *_EXCHANGES.values(), "sent by a ring"]
+    rows = []
+    for row in found.rows if found.world_size > 1 else ():
+        name = label_of(row.way)
+        for kind, sent in (("pred.", row.exchange_predicted), ("meas.", row.exchange_measured)):
+            if sent is not None:
+                sizes = [*(getattr(sent, part) for part in _EXCHANGES)]
+                sizes.append(sent.on_the_wire(found.world_size))
+                rows.append([name, kind, *(f"{n:,}" if n else "-" for n in sizes)])
+                name = ""
+    return header, rows
+
+
 def lines_above(found: Profile) -> list[str]:
     """Return what was run, on what, in which unit, measured how."""
     work = found.workload
     base = f", base {work.base}" if work.base else ""
     checkpointing = ", checkpointing" if work.checkpointing else ""
-    ranks = f", each of {found.world_size} ranks" if found.world_size > 1 else ""
+    ranks = ""
+    if found.world_size > 1:
+        ranks = f", each of {found.world_size} ranks, {found.sharding}"
     task = "" if work.task == "auto" else f", {work.task}"
     how = f"Measured: {found.how}" if found.how else "Nothing measured"
     timed = next((r.measurement.steps for r in found.rows if r.measurement), 0)
@@ -108,7 +148,7 @@ def notes_below(found: Profile) -> list[str]:
                 names[text].append(row.way.kind)
     kinds = {row.way.kind for row in found.rows}
     assumed = [f"Assumed{_of(ways, kinds)}: {text}." for text, ways in names.items()]
-    legend = [*_LEGEND, *assumed]
+    legend = [*_LEGEND, *(_OF_RANKS if found.world_size > 1 else ()), *assumed]
     if not any(row.measurement for row in found.rows) and len(set(reasons)) == 1:
         return [*legend, f"Not measured: {next(iter(reasons))}."]
     return [*legend, *(f"[{number}] {text}" for text, number in reasons.items())]
@@ -136,14 +176,15 @@ def profile_json(found: Profile) -> dict[str, Any]:
         "workload": asdict(found.workload),
         "device": found.device,
         "world_size": found.world_size,
+        "sharding": found.sharding,
         "measured_how": found.how,
-        "rows": [_row_json(row) for row in found.rows],
+        "rows": [_row_json(row, found.world_size) for row in found.rows],
         "fits": [asdict(fit) for fit in found.fits],
     }
 
 
-def _row_json(row: ProfileRow) -> dict[str, Any]:
-    timed = row.measurement
+def _row_json(row: ProfileRow, ranks: int) -> dict[str, Any]:
+    timed = row.measurement if row.measurement is not None and row.measurement.steps else None
     return {
         "way": asdict(row.way),
         "label": label_of(row.way),
@@ -154,6 +195,8 @@ def _row_json(row: ProfileRow) -> dict[str, Any]:
         "measured": _use_json(row.measured),
         "not_measured": row.not_measured,
         "error": row.error,
+        "exchange_predicted": _exchange_json(row.exchange_predicted, ranks),
+        "exchange_measured": _exchange_json(row.exchange_measured, ranks),
         "seconds": None if timed is None else dict(timed.seconds),
         "steps": None if timed is None else timed.steps,
         "tokens_per_second": None if timed is None else timed.tokens_per_second,
@@ -162,6 +205,10 @@ def _row_json(row: ProfileRow) -> dict[str, Any]:
 
 def _use_json(use: MemoryUse | None) -> dict[str, int] | None:
     return None if use is None else {**use.parts(), "peak": use.peak}
+
+
+def _exchange_json(sent: Communication | None, ranks: int) -> dict[str, int] | None:
+    return None if sent is None or ranks == 1 else sent.to_json(ranks)
 
 
 def _unit(found: Profile) -> tuple[str, int]:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from sparseft.attachment import Attachment, attach
 from sparseft.modules.names import ParameterIndex
+from sparseft.modules.weight_storage import is_sharded, own_rows
 from sparseft.profiling.equal_count import equal_ranks
 from sparseft.profiling.masks import exact_pattern
 from sparseft.profiling.models import TORCH_DTYPES, build_inputs, build_model, faked, load_config
@@ -58,6 +59,7 @@ class Built:
         masks: ``"gradient_mask"``: by parameter name, of the weight's shape and dtype (a bool mask
             would multiply five times slower on a CPU).
         facts: for reports: ranks, by how much a count is off.
+        wrapped: what is called in the model's place: DDP around it.
     """
 
     workload: Workload
@@ -70,11 +72,12 @@ class Built:
     head: int
     masks: dict[str, Tensor] = field(default_factory=dict)
     facts: Facts = field(default_factory=dict)
+    wrapped: nn.Module | None = None
 
     def forward(self) -> Tensor:
         """Return the loss."""
         with _no_padding_asked(self.model):
-            return self.model(**self.inputs).loss
+            return (self.wrapped or self.model)(**self.inputs).loss
 
     def backward(self, loss: Tensor) -> None:
         """Leave in ``.grad`` what the optimizer should step on."""
@@ -115,13 +118,21 @@ def _no_padding_asked(model: Any) -> Iterator[None]:
         yield
 
 
-def build(workload: Workload, way: Way, device: torch.device | str) -> Built:
+def build(
+    workload: Workload,
+    way: Way,
+    device: torch.device | str,
+    *,
+    shard: Callable[[nn.Module], None] | None = None,
+) -> Built:
     """Build one way to train.
 
     Args:
         workload: the model and its step.
         way: how to train it.
         device: where; inside a FakeTensorMode any kind, at hand or not.
+        shard: cuts the model's weights over ranks (`sharding.sharder`): before masks are attached,
+            after PEFT has added its adapters; None: they stay whole.
 
     Raises:
         Unavailable: the way cannot run here: an absent package, a kind of layer that PEFT lacks, a
@@ -137,8 +148,12 @@ def build(workload: Workload, way: Way, device: torch.device | str) -> Built:
         raise Unavailable("peft is not installed (pip install 'sparseft[bench]')")
     model, task = build_model(workload, where)
     inputs = build_inputs(workload, model, task, where)
-    make: Callable[[nn.Module, Workload, Way], Built] = _MAKERS[way.kind]
-    built = make(model, workload, way)
+    cut = shard or (lambda model: None)
+    if way.kind in ("lora", "shira"):
+        built = {"lora": _lora, "shira": _shira}[way.kind](model, workload, way, cut)
+    else:
+        cut(model)
+        built = _MAKERS[way.kind](model, workload, way)
     built.inputs = inputs
     return built
 
@@ -146,7 +161,7 @@ def build(workload: Workload, way: Way, device: torch.device | str) -> Built:
 def _attached(model: nn.Module, workload: Workload, way: Way) -> Built:
     heads = head_names(model)
     attachment = attach(model, draw_patterns(model, workload, way), full_params=heads)
-    optimizer = make_optimizer(workload, list(attachment.parameters()), ours=True)
+    optimizer = make_optimizer(workload, attachment.param_groups(), ours=True)
     head = numel_of(model, heads)
     return Built(workload, way, model, optimizer, attachment, {}, attachment.nnz + head, head)
 
@@ -172,11 +187,22 @@ def _gradient_mask(model: nn.Module, workload: Workload, way: Way) -> Built:
     built = _trained(model, workload, way, masked_names(model) + head_names(model))
     for name, pattern in draw_patterns(model, workload, way).items():
         weight = model.get_parameter(name)
-        mask = torch.zeros(weight.shape, dtype=weight.dtype, device=weight.device)
-        mask.view(-1)[pattern.indices.long()] = 1
+        mask = torch.zeros_like(weight, requires_grad=False)
+        _mark(mask, pattern.indices)
         built.masks[name] = mask
     built.trainable = masked_count(model, way) + built.head
     return built
+
+
+def _mark(mask: Tensor, indices: Tensor) -> None:
+    """Write ones at these places of a mask, of which a rank may have some rows only."""
+    if is_sharded(mask):
+        rows = own_rows(mask)
+        if faked():
+            return
+        indices = indices[(indices >= rows.first) & (indices < rows.last)] - rows.first
+        mask = rows.local
+    mask.view(-1)[indices.long()] = 1
 
 
 def _peft_base(model: nn.Module) -> tuple[list[str], list[str]]:
@@ -185,7 +211,7 @@ def _peft_base(model: nn.Module) -> tuple[list[str], list[str]]:
     return sorted({name.split(".")[0] for name in heads}), heads
 
 
-def _lora(model: nn.Module, workload: Workload, way: Way) -> Built:
+def _lora(model: nn.Module, workload: Workload, way: Way, shard: Callable[[Any], None]) -> Built:
     from peft import LoraConfig, get_peft_model
 
     wanted = masked_count(model, way)
@@ -208,6 +234,7 @@ def _lora(model: nn.Module, workload: Workload, way: Way) -> Built:
     wide = way.variant == "fp32"
     with _adapters_in_place(torch.float32 if wide else TORCH_DTYPES[workload.dtype], model):
         tuned = get_peft_model(model, config, autocast_adapter_dtype=wide)
+    shard(tuned)
     built = _peft_built(tuned, workload, way, head, wanted)
     built.facts |= {"ranks": sorted(set(ranks.values())), "adapted modules": len(ranks)}
     return built
@@ -248,7 +275,7 @@ def _features(module: Any) -> int:
     return int(rows) + int(columns)
 
 
-def _shira(model: nn.Module, workload: Workload, way: Way) -> Built:
+def _shira(model: nn.Module, workload: Workload, way: Way, shard: Callable[[Any], None]) -> Built:
     from peft import ShiraConfig, get_peft_model
     from peft.tuners.shira.layer import ShiraLayer
 
@@ -278,6 +305,7 @@ def _shira(model: nn.Module, workload: Workload, way: Way) -> Built:
         module.shira_indices["default"] = torch.stack([indices // columns, indices % columns])
         values = torch.zeros(indices.numel(), dtype=weight.dtype, device=weight.device)
         module.shira_weight["default"] = nn.Parameter(values)
+    shard(tuned)
     return _peft_built(tuned, workload, way, head, wanted)
 
 
@@ -297,11 +325,9 @@ def _frozen(model: nn.Module, workload: Workload, way: Way) -> Built:
     return Built(workload, way, model, None, None, {}, 0, 0)
 
 
-_MAKERS = {
+_MAKERS: dict[str, Callable[[nn.Module, Workload, Way], Built]] = {
     "attached": _attached,
     "dense": _dense,
     "gradient_mask": _gradient_mask,
-    "lora": _lora,
-    "shira": _shira,
     "frozen": _frozen,
 }

@@ -16,12 +16,15 @@ from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
+import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["MemoryTracker", "Moment"]
+__all__ = ["MemoryTracker", "Moment", "local_part"]
 
 Workspace = Callable[[Any, tuple[Any, ...], dict[str, Any]], int]
 
@@ -37,6 +40,11 @@ class Moment:
     inside: int = 0
     operation: str = ""
     kinds: dict[str, int] = field(default_factory=dict)
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """Return what a rank holds of a tensor; the tensor itself where it is not shared."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 class MemoryTracker(TorchDispatchMode):
@@ -71,6 +79,8 @@ class MemoryTracker(TorchDispatchMode):
         self._references: dict[int, weakref.ref] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # they come back as operations on their local parts
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         if isinstance(result, Tensor):
@@ -90,12 +100,40 @@ class MemoryTracker(TorchDispatchMode):
     def _mark(self, func: Any, inside: int) -> None:
         self.peak = Moment(self.level + inside, inside, str(func), dict(self.kinds))
 
+    def __enter__(self):
+        # FSDP frees a gathered weight by resizing its storage, which is no operation.
+        self._resize: Any = torch.UntypedStorage.resize_
+        seen = functools.partialmethod(MemoryTracker._resized, self)
+        self._patch = mock.patch.object(torch.UntypedStorage, "resize_", seen)
+        self._patch.start()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        self._patch.stop()
+        return super().__exit__(*error)
+
+    @staticmethod
+    def _resized(storage: Any, tracker: MemoryTracker, size: int) -> Any:
+        result = tracker._resize(storage, size)
+        key = storage._cdata
+        if key in tracker._known:
+            before, kind = tracker._known[key]
+            after = tracker._rounded(size)
+            tracker._known[key] = (after, kind)
+            tracker._count(after - before, kind)
+            if tracker.level > tracker.peak.total:
+                tracker._mark("resize_", 0)
+        return result
+
+    def _rounded(self, size: int) -> int:
+        return -(-size // self.block) * self.block
+
     def _see(self, tensor: Tensor, kind: str) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._known:
             return
-        size = -(-storage.nbytes() // self.block) * self.block
+        size = self._rounded(storage.nbytes())
         self._known[key] = (size, kind)
         self._references[key] = weakref.ref(storage, functools.partial(self._gone, key))
         self._count(size, kind)
@@ -111,7 +149,7 @@ class MemoryTracker(TorchDispatchMode):
 
     def adopt(self, tensors: Iterable[Tensor], kind: str) -> None:
         """Count these tensors' storages as ``kind``, whether they were seen before or not."""
-        for tensor in tensors:
+        for tensor in map(local_part, tensors):
             key = tensor.untyped_storage()._cdata
             self._see(tensor, kind)
             size, before = self._known[key]
@@ -120,10 +158,14 @@ class MemoryTracker(TorchDispatchMode):
                 self._count(-size, before)
                 self._count(size, kind)
 
-    def adopt_rest(self, kind: str) -> None:
-        """Count every storage alive that nobody named yet as ``kind``."""
+    def alive(self) -> frozenset[int]:
+        """Return keys of the storages there are."""
+        return frozenset(self._known)
+
+    def adopt_rest(self, kind: str, but: frozenset[int] = frozenset()) -> None:
+        """Count every storage alive that nobody named yet as ``kind``; not those ``but`` has."""
         for key, (size, before) in self._known.items():
-            if before == "other":
+            if before == "other" and key not in but:
                 self._known[key] = (size, kind)
                 self._count(-size, before)
                 self._count(size, kind)

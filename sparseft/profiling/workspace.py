@@ -280,6 +280,8 @@ class Workspace:
             "aten::_safe_softmax": self._softmax,
             "aten::bmm": self._mix,
             "aten::_scaled_dot_product_flash_attention_for_cpu_backward": self._attention,
+            "c10d::_allgather_base_": self._gather,
+            "c10d::_reduce_scatter_base_": self._scatter,
         }
         self._rules = rules
         self._known: dict[Any, Callable[..., Bytes] | None] = {}
@@ -377,3 +379,12 @@ class Workspace:
             return Bytes(0)
         batch, heads, tokens, width = query.shape
         return attention_backward_on_cuda(batch, heads, tokens, width)
+
+    # gloo (torch/csrc/distributed/c10d/ProcessGroupGloo.cpp) gathers into a buffer of its own and
+    # copies it out, and makes an all-reduce of a copy of what it scatters; NCCL works in place.
+
+    def _gather(self, output: Tensor, *_: Any, **__: Any) -> Bytes:
+        return Bytes(0 if self.device == "cuda" else output.numel() * output.element_size())
+
+    def _scatter(self, output: Tensor, input: Tensor, *_: Any, **__: Any) -> Bytes:
+        return Bytes(0 if self.device == "cuda" else input.numel() * input.element_size())

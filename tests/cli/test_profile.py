@@ -88,6 +88,7 @@ def test_json_instead_of_the_table(capsys, tmp_path):
         (["--length", "-1"], "length=-1"),
         (["--length", "4096"], "length=4096 is over the 512 positions"),
         (["--world-size", "0"], "at least one rank"),
+        (["--world-size", "2", "--sharding", "dpp"], "mean 'ddp'"),
         (["--device", "gpu"], "'cpu' or 'cuda'"),
         (["--threads", "0"], "--threads 0"),
         (["--steps", "1"], "at least 2 steps"),

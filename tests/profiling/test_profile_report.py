@@ -50,7 +50,7 @@ def stand_ins(monkeypatch):
     fail: dict[tuple[str, str], Exception] = {}
     calls = []
 
-    def predict(workload, way, device="cpu", world_size=1):
+    def predict(workload, way, device="cpu", world_size=1, sharding="fsdp"):
         if ("predict", way.kind) in fail:
             raise fail["predict", way.kind]
         return Prediction(use=use_of(way, 1000 * MIB), trainable=int(1e6 * way.share))
@@ -132,7 +132,7 @@ def test_too_little_memory_is_said_with_both_numbers(stand_ins, monkeypatch):
     [
         (WORK, {"predict_only": True}, "predictions only"),
         (Workload(model="tiny-encoder", base="4bit"), {}, "base of 4bit"),
-        (WORK, {"world_size": 8}, "8 ranks"),
+        (WORK, {"world_size": 9}, "9 ranks are predicted only: at most 8 processes"),
         (Workload(model="7b"), {}, "--large"),
     ],
     ids=["asked", "quantised", "ranks", "large"],
@@ -156,6 +156,8 @@ def test_what_is_predicted_only_says_why(stand_ins, work, options, reason):
         ({"ways": []}, OptionError, "gradient_mask"),
         ({"device": "tpu"}, OptionError, "'cpu' or 'cuda'"),
         ({"world_size": 0}, OptionError, "at least one rank"),
+        ({"world_size": True}, OptionError, "at least one rank"),
+        ({"sharding": "zero"}, OptionError, r"sharding 'zero' is not one of 'fsdp', 'ddp'"),
         ({"fits": ["24 bananas"]}, OptionError, "'24 bananas' is no number of bytes"),
         ({"fits": ["0"]}, OptionError, "hold nothing"),
     ],
@@ -220,7 +222,7 @@ def test_lines_of_limits(stand_ins):
 
 
 def test_what_a_prediction_rests_on_is_shown(stand_ins, monkeypatch):
-    def predict(workload, way, device="cpu", world_size=1):
+    def predict(workload, way, device="cpu", world_size=1, sharding="fsdp"):
         notes = ("CUDA: so and so", *(("8 ranks: all",) if way.kind == "dense" else ()))
         return Prediction(use=use_of(way), trainable=1, assumed=notes)
 
@@ -235,7 +237,7 @@ def test_what_a_prediction_rests_on_is_shown(stand_ins, monkeypatch):
 def test_predictions_are_for_the_threads_that_measure(stand_ins, monkeypatch):
     seen = []
 
-    def predict(workload, way, device="cpu", world_size=1):
+    def predict(workload, way, device="cpu", world_size=1, sharding="fsdp"):
         seen.append(torch.get_num_threads())
         return Prediction(use=use_of(way), trainable=1)
 
