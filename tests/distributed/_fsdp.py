@@ -107,19 +107,24 @@ def train(
     *,
     rank: int = 0,
     world: int = 1,
-    each: Callable[[int], None] | None = None,
+    between: Callable[[], object] | None = None,
 ) -> list[float]:
-    """Train on this process's part of each batch; return its losses."""
+    """Train on this process's part of each batch; return its losses.
+
+    ``between`` is called between each backward and step, and after the step.
+    """
     losses = []
-    for number, batch in enumerate(batches(steps)):
+    for batch in batches(steps):
         loss = loss_of(model, own_part(batch, rank, world))
         loss.backward()
+        if between is not None:
+            between()
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
         losses.append(loss.item())
-        if each is not None:
-            each(number)
+        if between is not None:
+            between()
     return losses
 
 

@@ -109,14 +109,14 @@ def whole_copies(rank):
     rule = RULES["momentum"]
     expected, weights = alone(rule)
 
-    def run(prepare, each=None, **options):
+    def run(act=None, before_all=None, **options):
         model = kit.shard(kit.net(torch.float64), **options)
         before = kit.whole(model)
         sparse = sparseft.attach(model, kit.masks(model), full_params=["head.*"])
-        prepare(model)
-        losses = kit.train(
-            model, optimizers(sparse, rule), 3, rank=rank, world=2, each=each and each(model)
-        )
+        if before_all is not None:
+            before_all(model)
+        between = None if act is None else partial(act, model)
+        losses = kit.train(model, optimizers(sparse, rule), 3, rank=rank, world=2, between=between)
         kit.check_weights(sparse, before)
         compare(kit.whole(model), weights)
         mean = torch.tensor(losses, dtype=torch.float64)
@@ -125,28 +125,22 @@ def whole_copies(rank):
         sparse.detach()
         compare(kit.whole(model), before, near=0)
 
-    def nothing(model):
-        pass
-
-    def evaluate(model):
-        @torch.no_grad()
-        def forward(number=0):
-            return kit.loss_of(model, kit.batches(1)[0])
-
-        return forward
+    @torch.no_grad()
+    def evaluate(model):  # leaves the root's own weights whole
+        model(kit.batches(1)[0][0])
 
     def gather(model):
-        return lambda number=0: [m.unshard() for m in (model, *model.layers)]
+        for module in (model, *model.layers):
+            module.unshard()
 
     def gather_without_waiting(model):
-        return lambda number=0: [m.unshard(async_op=True) for m in (model, *model.layers)]
+        for module in (model, *model.layers):
+            module.unshard(async_op=True)
 
-    run(nothing, reshard_after_forward=False)
-    run(lambda m: m.set_reshard_after_backward(False))
-    run(evaluate, evaluate)  # leaves the root's own weights whole
-    run(lambda m: evaluate(m)(), evaluate)
-    run(lambda m: gather(m)(), gather)
-    run(lambda m: gather_without_waiting(m)(), gather_without_waiting)
+    run(reshard_after_forward=False)
+    run(before_all=lambda m: m.set_reshard_after_backward(False))
+    for act in (evaluate, gather, gather_without_waiting):
+        run(act, act)
 
 
 def test_no_forward_reads_a_copy_from_before_the_step(run_ranks):
