@@ -111,8 +111,7 @@ class MaskedModule(RefusesReplacing):
         *lists: Any,
     ) -> None:
         masks, beside = _apart(masked_attributes(self))
-        for attr, masked in beside.items():
-            masked.take_base(state_dict, prefix, attr)
+        taken = {prefix + a for a, m in beside.items() if m.take_base(state_dict, prefix, a)}
         as_saved = set()
         rounded = {attr: state_dict.pop(rounded_key(prefix, attr), None) for attr in masks}
         for attr, masked in masks.items():
@@ -136,7 +135,6 @@ class MaskedModule(RefusesReplacing):
             if attr not in as_saved:
                 masked.write_("load a state dict into")
                 write_rounded_(masked, rounded[attr])
-        taken = {prefix + attr for attr in beside}
         missing_keys[:] = [key for key in missing_keys if key not in taken]
 
     def __reduce_ex__(self, protocol: Any) -> Any:

@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from sparseft.modules.dequantise import drop_scales
+
 __all__ = ["ATTACHMENTS", "start_compact_state_dict", "stop_compact_state_dict"]
 
 # Where a model keeps its attachments: `model.__dict__[ATTACHMENTS]`, the oldest first.
@@ -23,6 +25,8 @@ def _drop_frozen(module: nn.Module, state_dict: Any, prefix: str, local_metadata
     for name, parameter in module.named_parameters(remove_duplicate=False):
         if id(parameter) not in kept:
             state_dict.pop(prefix + name, None)
+    for name, part in module.named_modules():
+        drop_scales(part, state_dict, f"{prefix}{name}." if name else prefix)
 
 
 def _nothing_missing(module: nn.Module, incompatible_keys: Any) -> None:

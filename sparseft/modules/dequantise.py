@@ -19,6 +19,7 @@ from sparseft.errors import AttachError
 
 __all__ = [
     "dequantise",
+    "drop_scales",
     "is_opaque",
     "is_quantised",
     "keep_trainable",
@@ -162,6 +163,16 @@ def stored_tensors(module: nn.Module, attr: str = "weight", *, name: str = "") -
         f"{name or attr!r} is a {type(weight).__name__} of {weight.dtype}, which is not quantised "
         f"in a way known here ({_KNOWN})."
     )
+
+
+def drop_scales(module: nn.Module, state_dict: Any, prefix: str) -> None:
+    """Take what a quantised layer keeps beside its weight out of a state dict."""
+    if module._parameters.get("weight") is None or not is_quantised(module):
+        return
+    for key in ("SCB", "weight_format"):
+        state_dict.pop(prefix + key, None)
+    for key in [key for key in state_dict if key.startswith(f"{prefix}weight.")]:
+        del state_dict[key]
 
 
 def take_stored(module: nn.Module, attr: str, state_dict: Any, prefix: str) -> str | None:

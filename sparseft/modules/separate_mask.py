@@ -217,8 +217,11 @@ class SeparateParameter(MaskedParameter):
         text = self.pattern.digest()[:16] + self.fingerprint(self.name).digest[:16]
         return torch.tensor(list(text.encode()), dtype=torch.uint8)
 
-    def take_base(self, state_dict: Any, prefix: str, attr: str) -> None:
+    def take_base(self, state_dict: Any, prefix: str, attr: str) -> bool:
         """Take the keys of this weight out of a state dict about to be loaded, checked.
+
+        Returns:
+            Whether the weight itself was among them.
 
         Raises:
             BaseMismatchError: they are of another base or mask.
@@ -229,7 +232,7 @@ class SeparateParameter(MaskedParameter):
                 f"the compact checkpoint was made with another mask or base of {self.name!r}. Load "
                 "its base model, quantised in the same way, and attach its masks first."
             )
-        module = self.owners[0][0]
+        module, there = self.owners[0][0], prefix + attr in state_dict
         wrong = dense.take_stored(module, attr, state_dict, prefix)
         if wrong is not None:
             raise BaseMismatchError(
@@ -237,6 +240,7 @@ class SeparateParameter(MaskedParameter):
                 f"this model's: its {wrong!r} differs. Load the base that the run began with, "
                 "quantised in the same way, and attach its masks, before loading."
             )
+        return there
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
