@@ -101,6 +101,12 @@ class SparseFtConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name in _TRANSIENT:
+            if isinstance(getattr(self, name), str) and getattr(self, "peft_type", None):
+                raise OptionError(
+                    f"a saved configuration gives {name}={getattr(self, name)!r}: what is read "
+                    "from a file opens no other one. Take it out of adapter_config.json."
+                )
         self.peft_type = _shim.member()
         self._chosen_here = False  # whether `entries` come from a selection in this process
         for name in ("target_modules", "exclude_modules"):
@@ -163,6 +169,11 @@ class SparseFtConfig(PeftConfig):
             ) from None
         if self.entries is not None:
             _check_entries(self.entries)
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
+        """Read a saved configuration; says of itself that it was saved."""
+        return {**super().from_json_file(path_json_file, **kwargs), "peft_type": _shim.KIND}
 
     def to_dict(self) -> dict[str, Any]:
         """Return what is saved: sets as sorted lists, without ``masks`` and ``adapter``."""

@@ -193,6 +193,13 @@ class SparseFtLayer(nn.Module, BaseTunerLayer):
         self._applied.clear()  # devices may change
         return super()._apply(fn, *args, **kwargs)
 
+    def _replicate_for_data_parallel(self) -> Any:
+        raise AttachError(
+            "nn.DataParallel loses the parameters of adapters (torch's ParameterDict cannot be "
+            "replicated). Use DistributedDataParallel: start the script with torchrun or accelerate launch, or "
+            "make one GPU visible."
+        )
+
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles make their own: what is cached reads this layer's parameters.
         return {**self.__dict__, "_applied": {}, "_site": None}
@@ -277,7 +284,8 @@ class SparseFtLayer(nn.Module, BaseTunerLayer):
             return None, lambda: torch.empty(0)
         if len(chosen) == 1:
             return own[chosen[0]], lambda: held[chosen[0]]
-        union, places = union_of([own[name].detach() for name in chosen])
+        with torch.inference_mode(False):  # kept, and used by later calls that train
+            union, places = union_of([own[name].detach() for name in chosen])
 
         def total() -> Tensor:
             values = [held[name] for name in chosen]

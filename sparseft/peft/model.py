@@ -173,6 +173,7 @@ class SparseFtModel(BaseTuner):
             self.peft_config.pop(adapter_name, None)
             raise
         config.adapter = None  # it lives in the layers now
+        config._chosen_here = False  # and cannot be chosen again without it
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

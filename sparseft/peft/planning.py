@@ -18,6 +18,7 @@ from sparseft._text import did_you_mean
 from sparseft.adapter import Adapter
 from sparseft.diff import SparsePattern, as_pattern
 from sparseft.errors import AttachError, BaseMismatchError, MaskError, OptionError
+from sparseft.fingerprint import compare, fingerprint_tensor
 from sparseft.modules import ParameterIndex
 from sparseft.modules.dequantise import dequantise
 from sparseft.modules.separate import is_opaque, shape_of, why_not_separate
@@ -73,6 +74,7 @@ def plan_layers(config: SparseFtConfig, model: nn.Module) -> Plan:
     plan: Plan = {}
     for name, part in parts.items():
         _check(name, part, layers, ties)
+        _check_not_saved(name, config)
         module, _, attr = name.rpartition(".")
         plan.setdefault(module, {})[attr] = part
     config.entries = {
@@ -127,6 +129,13 @@ def _check(name: str, part: Part, layers: Mapping[str, nn.Module], ties: Paramet
         raise AttachError(
             f"{name!r} cannot be a target: {why}. Leave it out: exclude_modules=[{key!r}]."
         )
+    around = layers.get(key.rpartition(".")[0])
+    if isinstance(around, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
+        raise AttachError(
+            f"{name!r} cannot be a target: in eval mode torch's fast path reads the weight past "
+            "its layer, and adapters would silently count for nothing. Switch that off "
+            "(torch.backends.mha.set_fastpath_enabled(False)), or train with sparseft.attach."
+        )
     shape = _shape(module, attr)
     if shape != part.shape:
         raise BaseMismatchError(
@@ -141,6 +150,18 @@ def _check(name: str, part: Part, layers: Mapping[str, nn.Module], ties: Paramet
             f"(exclude_modules=[{key!r}]), untie the weights (tie_word_embeddings=False), or train "
             "it with sparseft.attach, which knows ties."
         )
+
+
+def _check_not_saved(name: str, config: SparseFtConfig) -> None:
+    """Refuse a target inside a module that is trained whole."""
+    inside = name.split(".")[:-1]
+    for whole in config.modules_to_save or ():
+        parts = whole.split(".")
+        if any(inside[at : at + len(parts)] == parts for at in range(len(inside))):
+            raise OptionError(
+                f"{name!r} is a target, and {whole!r} in modules_to_save is trained whole; give it "
+                f"one of the two, e.g. exclude_modules=[{'.'.join(inside)!r}]."
+            )
 
 
 def _targets(config: SparseFtConfig, layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
@@ -190,6 +211,7 @@ def _of_adapter(config: SparseFtConfig, layers: Mapping[str, nn.Module]) -> dict
             f"adapter is {type(adapter).__name__}, wanted a sparseft.Adapter or the path of one."
         )
     wanted = _within(config, layers)
+    _check_base(adapter, layers)
     parts = {}
     for name, diff in adapter.items():
         if not diff.nnz or (name.rpartition(".")[0] not in wanted and config.target_modules):
@@ -205,6 +227,26 @@ def _of_adapter(config: SparseFtConfig, layers: Mapping[str, nn.Module]) -> dict
     if config.modules_to_save is None and adapter.dense:
         config.modules_to_save = sorted({name.rpartition(".")[0] for name in adapter.dense})
     return parts
+
+
+def _check_base(adapter: Adapter, layers: Mapping[str, nn.Module]) -> None:
+    """Compare the base weights with those that the adapter was made on, where both are known."""
+    if adapter.metadata.fingerprint is None:
+        return
+    for name, wanted in adapter.metadata.fingerprint.tensors.items():
+        key, _, attr = name.rpartition(".")
+        layer = layers.get(key)
+        tensor = None if layer is None else getattr(_bare(layer), attr, None)
+        if tensor is None or is_opaque(tensor) or tensor.is_meta:
+            continue  # quantised since, or not there, which is said elsewhere
+        if isinstance(layer, SparseFtLayer) and layer.merged:
+            continue
+        got = fingerprint_tensor(name, tensor)
+        if compare(wanted, got) == "different":
+            raise BaseMismatchError(
+                f"{name!r} is not the base tensor the adapter was made on: the adapter has "
+                f"{wanted}, the model {got}. Load the base model it names."
+            )
 
 
 def _candidates(

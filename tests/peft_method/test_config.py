@@ -218,3 +218,53 @@ def test_laid_out_but_not_loaded_does_not_run(tmp_path):
     config = peft.PeftConfig.from_pretrained(tmp_path)
     config.entries = None
     assert patterns(peft.get_peft_model(small(), config))
+
+
+def test_a_saved_configuration_opens_no_other_file(tmp_path):
+    SparseFtConfig(nnz=1).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    held = json.loads(file.read_text())
+    for name in ("masks", "adapter"):
+        for kept in (held, {k: v for k, v in held.items() if k != "peft_type"}):
+            file.write_text(json.dumps({**kept, "nnz": None, name: "/etc/passwd"}))
+            with pytest.raises(OptionError, match=f"a saved configuration gives {name}='/etc"):
+                SparseFtConfig.from_pretrained(tmp_path)
+
+
+def test_a_target_inside_a_module_trained_whole_is_refused(tools):
+    made = tools.tiny("bert")
+    config = SparseFtConfig(
+        masks={"classifier.weight": torch.ones(3, 16).bool()}, modules_to_save=["classifier"]
+    )
+    with pytest.raises(OptionError, match="'classifier' in modules_to_save is trained whole"):
+        peft.get_peft_model(made.model, config)
+
+
+def test_torchs_fast_path_would_skip_the_adapter():
+    layer = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    config = SparseFtConfig(target_modules=["linear1"], nnz=20)
+    model = torch.nn.Sequential(layer)
+    with pytest.raises(AttachError, match="fast path reads the weight past"):
+        peft.get_peft_model(model, config)
+    assert torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        adapted = peft.get_peft_model(model, config).eval()
+        x = torch.randn(2, 3, 8)
+        with torch.no_grad():
+            before = adapted(x)
+            next(p for p in adapted.parameters() if p.requires_grad).normal_()
+            assert not torch.equal(adapted(x), before)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+
+
+def test_an_adapter_of_another_base_is_refused():
+    model = small()
+    own = adapter_of(peft.get_peft_model(model, SparseFtConfig(target_modules=["0"], nnz=9)))
+    other = small()
+    with torch.no_grad():
+        other[0].weight.mul_(1.5)
+    peft.get_peft_model(small(), SparseFtConfig(adapter=own))
+    with pytest.raises(BaseMismatchError, match=r"'0.weight' is not the base tensor"):
+        peft.get_peft_model(other, SparseFtConfig(adapter=own))

@@ -265,3 +265,36 @@ def test_files_are_checked_before_anything_uses_them(tools, tmp_path):
     save_file({**held, values: torch.full_like(held[values], torch.nan)}, file)
     with pytest.raises(sparseft.errors.AdapterFormatError, match="must be finite"):
         peft.PeftModel.from_pretrained(tools.tiny("bert").model, tmp_path)
+
+
+def test_inference_mode_before_training(pair):
+    model, batch = pair
+    model.base_model.set_adapter(["a", "b"])
+    with torch.inference_mode():
+        model(**batch)
+    model.train()
+    model(**batch).logits.sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_heads_that_differ_are_not_added_up(tools):
+    made = tools.tiny("bert")
+    config = {"target_modules": ["query"], "density": 0.2, "task_type": "SEQ_CLS"}
+    model = peft.get_peft_model(made.model, SparseFtConfig(**config), adapter_name="a")
+    model.add_adapter("b", SparseFtConfig(**config))
+    for name in ("a", "b"):
+        model.set_adapter(name)
+        tools.scramble(model, seed=ord(name))
+    with pytest.raises(CompositionError, match="classifier"):
+        model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "ab")
+    assert set(model.peft_config) == {"a", "b"}
+    model.add_weighted_adapter(["a"], [0.5], "a2")  # one head: it comes along
+    head = adapter_of(model, "a2").dense["classifier.weight"]
+    assert torch.equal(head, adapter_of(model, "a").dense["classifier.weight"])
+
+
+def test_data_parallel_is_refused(pair):
+    model, _ = pair
+    layer = next(m for m in model.modules() if isinstance(m, SparseFtLayer))
+    with pytest.raises(sparseft.errors.AttachError, match="DistributedDataParallel"):
+        layer._replicate_for_data_parallel()
