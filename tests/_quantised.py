@@ -40,7 +40,7 @@ def stock_net(width: int = 64) -> nn.Sequential:
     """Return the same model at each call."""
     generator = torch.Generator().manual_seed(0)
     model = nn.Sequential(
-        nn.Linear(width, 96), nn.GELU(), nn.Linear(96, width, bias=False), nn.LayerNorm(width)
+        nn.Linear(width, 128), nn.GELU(), nn.Linear(128, width, bias=False), nn.LayerNorm(width)
     )
     with torch.no_grad():
         for p in model.parameters():

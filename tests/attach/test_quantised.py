@@ -100,7 +100,7 @@ def test_training_resuming_and_leaving(scheme):
 
     row = sparse.report()[0]
     assert row.dtype.startswith(scheme.split(".")[0])
-    assert (row.shape, row.rounded_away, row.changed) == ((96, 64), 0, row.nnz)
+    assert (row.shape, row.rounded_away, row.changed) == ((128, 64), 0, row.nnz)
 
     # A strict load into a fresh model of the same base; the library's own layer refuses its own.
     state = model.state_dict()
@@ -188,7 +188,7 @@ def test_masks_move_as_in_the_dequantised_model(scheme):
         assert (a - b).abs().max() < 1e-4
     assert same(stored(model), before)
     with pytest.raises(MaskError, match=r"shape"):
-        mine.reselect_({"0.weight": torch.ones(3072, 1, dtype=torch.bool)}, optimizer=opt)
+        mine.reselect_({"0.weight": torch.ones(4096, 1, dtype=torch.bool)}, optimizer=opt)
 
 
 @schemes
@@ -248,13 +248,13 @@ def test_refused_where_no_diff_can_be_added(monkeypatch):
     with pytest.raises(AttachError, match=r"'weight' is quantised \(bnb.fp4\) .*Embedding4bit"):
         sparseft.attach(table, {"weight": torch.ones(64, 64, dtype=torch.bool)})
     with pytest.raises(AttachError, match=r"Params4bit of torch.float32.*moves to a device"):
-        sparseft.attach(Linear4bit(64, 96), {"weight": torch.ones(96, 64, dtype=torch.bool)})
+        sparseft.attach(Linear4bit(64, 128), {"weight": torch.ones(128, 64, dtype=torch.bool)})
     model = q.net("bnb.nf4")
-    with pytest.raises(MaskError, match=r"\(3072, 1\).*\(96, 64\)"):
-        sparseft.attach(model, {"0.weight": torch.ones(3072, 1, dtype=torch.bool)})
+    with pytest.raises(MaskError, match=r"\(4096, 1\).*\(128, 64\)"):
+        sparseft.attach(model, {"0.weight": torch.ones(4096, 1, dtype=torch.bool)})
     sparse = sparseft.attach(model, q.draw_masks(model))
     with pytest.raises(AttachError, match="has a mask attached"):
-        model[0].weight = nn.Parameter(torch.zeros(96, 64))
+        model[0].weight = nn.Parameter(torch.zeros(128, 64))
     with pytest.raises(AttachError, match="has a mask attached already"):
         sparseft.attach(model, q.draw_masks(model))
     sparse.detach()

@@ -37,7 +37,7 @@ def test_the_dense_value_is_what_the_layer_multiplies_by(scheme):
     layer = q.net(scheme)[0].train()
     before = {k: t.clone() for k, t in stored_tensors(layer).items()}
     dense = dequantise(layer)
-    assert logical_shape(layer) == tuple(dense.shape) == (96, 64)
+    assert logical_shape(layer) == tuple(dense.shape) == (128, 64)
     assert dense.dtype == torch.float32
     assert is_quantised(layer)
     with torch.no_grad():
@@ -55,7 +55,7 @@ def test_the_dense_value_is_what_the_layer_multiplies_by(scheme):
 def test_codes_stored_in_another_dtype_are_the_same_base(storage):
     from bitsandbytes.nn import Linear4bit
 
-    made = Linear4bit(64, 96, bias=False, quant_type="nf4", quant_storage=storage)
+    made = Linear4bit(64, 128, bias=False, quant_type="nf4", quant_storage=storage)
     made.weight.data = q.stock_net()[0].weight.data.clone()
     made = made.to("cpu")
     assert made.weight.dtype == storage
@@ -120,11 +120,11 @@ def test_a_plain_weight_is_returned_and_an_unknown_one_named():
 def test_layers_not_quantised_yet_are_named():
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
-    assert scheme_of(Linear4bit(64, 96)) is None
+    assert scheme_of(Linear4bit(64, 128)) is None
     with pytest.raises(AttachError, match=r"not quantised yet.*model.to\(device\)"):
-        dequantise(Linear4bit(64, 96))
+        dequantise(Linear4bit(64, 128))
     with pytest.raises(AttachError, match=r"has_fp16_weights=False"):
-        dequantise(Linear8bitLt(64, 96))
+        dequantise(Linear8bitLt(64, 128))
 
 
 @schemes
@@ -138,6 +138,6 @@ def test_fingerprints_tell_the_base_another_quantisation_and_another_model(schem
     strange = fingerprint_tensor("w", plain.flip(0).contiguous())
     assert compare(mine, strange) == compare(strange, mine) == "different"
     # The same scheme asks for nearly the same values.
-    near = nn.Linear(64, 96)
+    near = nn.Linear(64, 128)
     near.weight.data = plain * 1.05
     assert compare(mine, fingerprint_quantised("w", q.quantise(near, scheme))) == "different"
