@@ -18,6 +18,7 @@ from sparseft.diff import VALUE_DTYPES
 from sparseft.errors import BaseMismatchError, CompositionError, UnknownNameError
 from sparseft.fingerprint import TensorFingerprint, compare
 from sparseft.modules import ParameterIndex
+from sparseft.modules.dequantise import scheme_of
 from sparseft.modules.fingerprint import fingerprint_base, warn_of_quantised
 from sparseft.modules.prefixes import find_name, names_around
 
@@ -213,6 +214,14 @@ class Fitter:
         self, loaded: Loaded, kind: str, own: str, shape: tuple[int, ...], name: str
     ) -> None:
         parameter = self.index.get(name)
+        scheme = scheme_of(*self.index.owners(name)[0])
+        if scheme is not None:
+            raise CompositionError(
+                f"adapter {loaded.name!r}: {own!r} is quantised ({scheme}) in this model, and "
+                "nothing is merged into quantised storage. Run adapters beside it: "
+                "SeparateComposer(model, adapters). For a plain model with one in: "
+                "attach(model, adapter).save_merged(folder), or .merged_state_dict()."
+            )
         if tuple(parameter.shape) != shape:
             fix = "Load the model it was trained on"
             if kind == "dense tensor":
