@@ -121,7 +121,9 @@ def _cannot_shard(name: str, masked: MaskedParameter) -> AttachError:
     return AttachError(
         f"cannot shard {name!r}: {masked.name!r} has a mask attached. Call fully_shard on the "
         "layers and on the model first, load the weights, then attach; sparse.parameters() are "
-        "reduced by the attachment and go to the optimizer as they are."
+        "reduced by the attachment and go to the optimizer as they are. (accelerate: model, "
+        "optimizer = accelerator.prepare(model, optimizer), then attach(model, masks, "
+        "optimizer=optimizer).)"
     )
 
 
