@@ -78,6 +78,26 @@ class Ranks:
         self._group = group or None
         self.several = group is not False and processes(self._group) > 1
 
+    @property
+    def leads(self) -> bool:
+        """Whether this is the one that writes files: the first of the group, or alone."""
+        return not self.several or dist.get_rank(self._group) == 0
+
+    def wait(self, what: str) -> None:
+        """Return when every process has come here."""
+        if self.several:
+            with patience(what):
+                self.sum_(torch.zeros(1))
+
+    @contextlib.contextmanager
+    def lead_first(self, what: str) -> Iterator[None]:
+        """Let the others in when the one that writes is through, to find what it has written."""
+        if not self.leads:
+            self.wait(what)
+        yield
+        if self.leads:
+            self.wait(what)
+
     def sum_(self, tensor: Tensor) -> Tensor:
         """Add up a tensor over all processes, in place; afterwards its bits are the same on all."""
         if self.several:

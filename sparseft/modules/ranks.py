@@ -9,7 +9,7 @@ import torch
 
 from sparseft.errors import SparseFtError
 
-__all__ = ["processes", "refuse_several", "started"]
+__all__ = ["processes", "refuse_several", "refuse_unconnected", "started"]
 
 
 def processes(group: Any = None) -> int:
@@ -41,4 +41,16 @@ def refuse_several(what: str, instead: str) -> None:
         raise SparseFtError(
             f"{what} runs in one process, but {count} were started together (torchrun, accelerate "
             f"launch): each would train on its own, and write the same files. {instead}"
+        )
+
+
+def refuse_unconnected(what: str) -> None:
+    """Raise SparseFtError where a launcher has started several processes that have no group yet."""
+    count = started()
+    if count > 1 and processes() == 1:
+        raise SparseFtError(
+            f"{count} processes were started together (torchrun, accelerate launch), but they do "
+            f"not know of each other yet, and {what} writes files: call "
+            "torch.distributed.init_process_group() first (transformers.TrainingArguments, made "
+            "before, do it, too)."
         )

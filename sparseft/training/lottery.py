@@ -29,7 +29,8 @@ from torch import nn
 
 from sparseft.adapter import Adapter
 from sparseft.errors import MaskError, ResumeError
-from sparseft.modules.ranks import refuse_several
+from sparseft.modules._collective import Ranks
+from sparseft.modules.ranks import refuse_unconnected
 from sparseft.selection.counts import total_nnz
 from sparseft.training.mask_choice import MaskChoice
 from sparseft.training.parameters import Trainables, base_digest, saved_training_mode
@@ -44,12 +45,6 @@ if TYPE_CHECKING:
     from sparseft.denoise import Denoise
 
 __all__ = ["LotteryTicketResult", "SourceAdapter", "dense_phase", "lottery_ticket"]
-
-_INSTEAD = (
-    "Run it without the launcher; or choose the masks that way and train them in several "
-    "processes: result.masks.save(FILE), then in the script that is launched "
-    "attach(model, sparseft.selection.Masks.load(FILE))."
-)
 
 SourceAdapter = Adapter | tuple[Adapter, float]
 
@@ -177,6 +172,10 @@ def lottery_ticket(
         ResumeError: the folder holds a run with other settings, or another process runs in it.
         NonFiniteLossError: NaN or infinite loss; the last good checkpoint stays.
         DataError: empty training data.
+        SparseFtError: started as several processes that have no process group yet.
+
+    Several processes (torchrun) train both phases together over a factory of Trainers, and one
+    writes the folder; to rounding, they make the ticket of one process with their whole batch.
 
     Numerics: interrupted and continued, a run gives the bytes of an uninterrupted one (one machine,
         thread count, set of versions), as long as the trainer's checkpoints are exact:
@@ -186,7 +185,7 @@ def lottery_ticket(
     Source: Ansell, Ponti, Korhonen, Vulić 2022, arXiv 2110.07560, section 3.1 and appendix
         (iterations, L1).
     """
-    refuse_several("lottery_ticket", _INSTEAD)
+    refuse_unconnected("lottery_ticket")
     single = not (_several(nnz) or _several(density))
     if iterations < 1:
         raise ValueError(f"iterations must be at least 1, got {iterations}.")
@@ -293,7 +292,7 @@ def dense_phase(
     Raises:
         ResumeError, NonFiniteLossError, DataError, MaskError: as `lottery_ticket`.
     """
-    refuse_several("dense_phase", _INSTEAD)
+    refuse_unconnected("dense_phase")
     parts = Trainables.of(model, include=include, exclude=exclude, full_params=full_params)
     common = _Common(model, parts, l1, source_adapters, seed, theta0)
     settings = {"phase": "dense", **common.settings, "metadata": dict(metadata or {})}
@@ -363,12 +362,20 @@ def _opened(
     """Hold a run's folder and state, with the sources applied; the model is put back at the end."""
     model = common.model
     with ExitStack() as stack:
-        stack.enter_context(exclusive(folder))
-        if not resume:
-            _forget(folder)
-        # Until masks are chosen, how they are is open: a dense phase need not be run again for it.
-        chosen = any(folder.glob("iteration-*/masks-nnz-*"))
-        state = RunState(folder / "state.json", settings, free=() if chosen else MASK_KEYS)
+        ranks = Ranks(None)
+        with ranks.lead_first(f"{folder} is opened"):
+            if ranks.leads:
+                stack.enter_context(exclusive(folder))
+                if not resume:
+                    _forget(folder)
+            # Until masks are chosen, how they are is open: a dense phase need not run again for it.
+            chosen = any(folder.glob("iteration-*/masks-nnz-*"))
+            state = RunState(
+                folder / "state.json",
+                settings,
+                free=() if chosen else MASK_KEYS,
+                writes=ranks.leads,
+            )
         stack.enter_context(saved_training_mode(model))
         if common.sources:
             from sparseft.composition import Composer
@@ -391,8 +398,10 @@ def _opened(
             seed=common.seed,
             choice=choice or MaskChoice(),
             phase1=phase1,
+            ranks=ranks,
         )
-        run.remember_theta0(common.theta0)
+        with ranks.lead_first("the base is written"):
+            run.remember_theta0(common.theta0)
         stack.callback(run.rewind_to_base)
         yield run
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from torch import nn
 
 from sparseft.errors import DataError
+from sparseft.modules._collective import Ranks
 from sparseft.training.hooks import (
     PhaseHooks,
     attach_hooks,
@@ -176,6 +177,7 @@ def run_phase(
     key: str,
     state: RunState,
     hooks: PhaseHooks,
+    ranks: Ranks,
 ) -> list[dict[str, Any]]:
     """Build the phase's trainer, run it from its last good checkpoint, and return its log.
 
@@ -193,7 +195,8 @@ def run_phase(
             "train(resume_from_checkpoint=...): a Trainer or a sparseft.training.LoopTrainer."
         )
     _refuse_empty(trainer)
-    checkpoint = _resume_point(trainer, phase.output_dir)
+    with ranks.lead_first("checkpoints are looked through"):
+        checkpoint = _resume_point(trainer, phase.output_dir)
     state.start(key, trainer_settings(trainer))
     disconnect = attach_hooks(hooks, trainer, model)
     if checkpoint is not None:

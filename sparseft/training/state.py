@@ -106,6 +106,7 @@ class RunState:
         path: where it lies.
         settings: what decides the result; a state with others is refused.
         free: names of settings that may still change.
+        writes: False leaves the file to another process, which does the same.
 
     Raises:
         ResumeError: the file was written with other settings (each differing key is named), by
@@ -113,9 +114,14 @@ class RunState:
     """
 
     def __init__(
-        self, path: Path, settings: Mapping[str, Any], *, free: Collection[str] = ()
+        self,
+        path: Path,
+        settings: Mapping[str, Any],
+        *,
+        free: Collection[str] = (),
+        writes: bool = True,
     ) -> None:
-        self.path = path
+        self.path, self.writes = path, writes
         self.settings = flatten(settings)
         self.phases: dict[str, dict[str, Any]] = {}
         if not path.exists():
@@ -150,10 +156,11 @@ class RunState:
 
     def write(self) -> None:
         """Replace the file."""
-        atomic_write_json(
-            self.path,
-            {"format_version": _FORMAT, "settings": self.settings, "phases": self.phases},
-        )
+        if self.writes:
+            atomic_write_json(
+                self.path,
+                {"format_version": _FORMAT, "settings": self.settings, "phases": self.phases},
+            )
 
     def done(self, phase: str) -> bool:
         """Whether a phase has finished and its result is on disk."""

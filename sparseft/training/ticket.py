@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from sparseft._integrity import bits_equal
 from sparseft.adapter import Adapter
 from sparseft.errors import ResumeError
+from sparseft.modules._collective import Ranks
 from sparseft.selection import Masks
 from sparseft.training.hooks import PhaseHooks
 from sparseft.training.mask_choice import Batches, MaskChoice
@@ -75,6 +76,7 @@ class TicketRun:
     seed: int
     choice: MaskChoice
     phase1: Phase1 | None = None
+    ranks: Ranks = field(default_factory=lambda: Ranks(False))
     theta0: Mapping[str, Tensor] = field(init=False, repr=False)
 
     # -- theta0 -----------------------------------------------------------------------------------
@@ -155,7 +157,9 @@ class TicketRun:
         masks_path = home / f"masks-nnz-{count}.safetensors"
         dense = self.dense_path(iteration)
         if not self.state.done(sparse_key):
-            if not masks_path.exists():
+            missing = not masks_path.exists()
+            self.ranks.wait("all have looked for masks")
+            if missing:
                 if dense is not None and self.phase1 is None and not self.state.done(dense_key):
                     self.dense_phase(iteration, previous)
                 self._select(dense, iteration, counts, previous)
@@ -234,11 +238,10 @@ class TicketRun:
         )
         logger.info("phase %s: training %s entries", key, f"{self.parts.numel:,}")
         history = run_phase(
-            self.make_trainer, self.model, phase, key=key, state=self.state, hooks=hooks
-        )
-        self.parts.save(folder.with_suffix(".safetensors"))
-        self.state.finish(key, history=history)
-        _clear_loop_checkpoints(folder)
+            self.make_trainer, self.model, phase, key=key, state=self.state, hooks=hooks,
+            ranks=self.ranks,
+        )  # fmt: skip
+        self._finish(key, history, lambda: self.parts.save(folder.with_suffix(".safetensors")))
 
     def _delta(self, name: str, parameter: nn.Parameter) -> Callable[[], Tensor]:
         return lambda: parameter.detach() - self.theta0[name].to(parameter.device)
@@ -258,6 +261,7 @@ class TicketRun:
             base = _FarFromOld(self.parts, self.theta0, previous)
         home = self.folder / f"iteration-{iteration}"
         counts = [c for c in counts if not (home / f"masks-nnz-{c}.safetensors").exists()]
+        self.ranks.wait("all have looked for masks")
         batches = self._batches(iteration) if self.choice.needs_batches else None
         found = self.choice.masks(
             self.model,
@@ -268,8 +272,10 @@ class TicketRun:
             batches=batches,
         )
         for count, masks in zip(counts, found, strict=True):
-            masks.save(home / f"masks-nnz-{count}.safetensors")
+            if self.ranks.leads:
+                masks.save(home / f"masks-nnz-{count}.safetensors")
             logger.info("selected %s entries", f"{masks.nnz:,}")
+        self.ranks.wait("masks are written")
 
     def _batches(self, iteration: int) -> Batches:
         """Return the training batches, from a trainer as the dense phase would have it."""
@@ -328,13 +334,22 @@ class TicketRun:
             )
             logger.info("phase %s: training %s entries", key, f"{attachment.nnz:,}")
             history = run_phase(
-                self.make_trainer, self.model, phase, key=key, state=self.state, hooks=hooks
-            )
-            save(attachment.adapter())
+                self.make_trainer, self.model, phase, key=key, state=self.state, hooks=hooks,
+                ranks=self.ranks,
+            )  # fmt: skip
+            adapter = attachment.adapter()
         finally:
             attachment.detach(restore=True)
+        self._finish(key, history, lambda: save(adapter))
+
+    def _finish(self, key: str, history: list[dict[str, Any]], save: Callable[[], Any]) -> None:
+        """Have one process write a phase's result, then note that the phase is done."""
+        if self.ranks.leads:
+            save()
         self.state.finish(key, history=history)
-        _clear_loop_checkpoints(folder)
+        if self.ranks.leads:
+            _clear_loop_checkpoints(self.folder / key)
+        self.ranks.wait(f"phase {key} is written")
 
 
 def _in(file: Mapping[str, Tensor], name: str, tensor: Tensor) -> bool:

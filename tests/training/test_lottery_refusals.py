@@ -63,15 +63,7 @@ def test_a_nan_loss_says_the_phase_step_and_checkpoint(run, tiny, make, tmp_path
     assert resumed.path.read_bytes() == whole.path.read_bytes()
 
 
-def test_several_processes_are_refused(run, tiny, make, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda group=None: 2)
-    with pytest.raises(SparseFtError, match="lottery_ticket runs in one process, but 2"):
-        run(make(), tiny.tiny_classifier(), tmp_path)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_several_processes_are_refused_before_there_is_a_group(tiny, make, monkeypatch, capsys):
+def test_several_processes_are_refused(run, tiny, make, tmp_path, monkeypatch, capsys):
     """As torchrun starts them: a second one would wait for the first one's folder, or share it."""
     from sparseft.cli.main import main
     from sparseft.demo.study import run_demo
@@ -80,6 +72,9 @@ def test_several_processes_are_refused_before_there_is_a_group(tiny, make, monke
     assert started() == 1, "a scheduler's variable that no launcher set"
     monkeypatch.setenv("RANK", "1")
     assert started() == 2
+    with pytest.raises(SparseFtError, match=r"2 processes .* lottery_ticket .*init_process_group"):
+        run(make(), tiny.tiny_classifier(), tmp_path)
+    assert list(tmp_path.iterdir()) == []
     trainer = LoopTrainer(torch.nn.Linear(2, 2), [0], steps=1, output_dir="never")
     with pytest.raises(SparseFtError, match=r"LoopTrainer .* 2 were started .*ddp_loop.py"):
         trainer.train()
