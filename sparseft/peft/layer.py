@@ -7,23 +7,22 @@ entries into the weight and keeps what was there, so that unmerging is a copy.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from sparseft._integrity import find_value_fault
 from sparseft.diff import SparseDiff, index_dtype_for
 from sparseft.errors import AdapterFormatError, AttachError, CompositionError
 from sparseft.modules.deltas import Applied, Blend, Delta
-from sparseft.modules.separate import Site, is_opaque, shape_of
-from sparseft.ops import gather_entries, sum_entries, write_entries_
+from sparseft.modules.separate import Site, shape_of
 from sparseft.ops.union import union_of
 from sparseft.pattern import SparsePattern, check_indices
+from sparseft.peft.merging import ATTRS, Merging
 
 if TYPE_CHECKING:
     from sparseft.peft.planning import Part
@@ -31,10 +30,9 @@ if TYPE_CHECKING:
 __all__ = ["BASE", "Embedding", "LayerNorm", "Linear", "SparseFtLayer", "layer_for"]
 
 BASE = "__base__"  # PEFT's name, among those of a mixed batch, for rows without an adapter
-_ATTRS = ("weight", "bias")
 
 
-class SparseFtLayer(nn.Module, BaseTunerLayer):
+class SparseFtLayer(Merging, nn.Module, BaseTunerLayer):
     """A layer with sparse adapters: values (nnz,) fp32 to train, flat positions (nnz,) as buffers.
 
     Args:
@@ -55,7 +53,6 @@ class SparseFtLayer(nn.Module, BaseTunerLayer):
         self.sparseft_bias_indices = BufferDict(persistent=True)
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
-        # Of the merged adapters' entries: attribute -> positions, and what the base had there.
         self._under: dict[str, tuple[Tensor, Tensor]] = {}
         self._unfilled: set[tuple[str, str]] = set()  # laid out, waiting for a file
         self._site: Site | None = None
@@ -103,7 +100,7 @@ class SparseFtLayer(nn.Module, BaseTunerLayer):
     def update_layer(self, adapter_name: str, parts: Mapping[str, Part]) -> None:
         """Add an adapter, or lay it out anew."""
         base = self.stock
-        for attr in _ATTRS:
+        for attr in ATTRS:
             if adapter_name in self.indices_of(attr) and attr not in parts:
                 del self.indices_of(attr)[adapter_name], self.values_of(attr)[adapter_name]
         for attr, part in parts.items():
@@ -129,7 +126,7 @@ class SparseFtLayer(nn.Module, BaseTunerLayer):
         self, adapter_name: str, device: torch.device | None = None
     ) -> None:
         # PEFT's own casts to the layer's dtype, which rounds fp32 values that were just loaded.
-        for attr in _ATTRS:
+        for attr in ATTRS:
             if adapter_name not in self.indices_of(attr):
                 continue
             where = device or getattr(self.stock, attr).device
@@ -196,8 +193,8 @@ class SparseFtLayer(nn.Module, BaseTunerLayer):
     def _replicate_for_data_parallel(self) -> Any:
         raise AttachError(
             "nn.DataParallel loses the parameters of adapters (torch's ParameterDict cannot be "
-            "replicated). Use DistributedDataParallel: start the script with torchrun or accelerate launch, or "
-            "make one GPU visible."
+            "replicated). Use DistributedDataParallel: start the script with torchrun or "
+            "accelerate launch, or make one GPU visible."
         )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -211,7 +208,7 @@ class SparseFtLayer(nn.Module, BaseTunerLayer):
         """The base layer, as what diffs are added to."""
         base = self.stock
         if self._site is None or self._site.module is not base:
-            self._site = Site(base, {attr: f"{self.name}.{attr}" for attr in _ATTRS})
+            self._site = Site(base, {attr: f"{self.name}.{attr}" for attr in ATTRS})
             self._applied.clear()
         return self._site
 
@@ -265,7 +262,7 @@ class SparseFtLayer(nn.Module, BaseTunerLayer):
     def _blend(self, names: Sequence[str], site: Site) -> Blend:
         """Return what some adapters do to the weight and the bias together."""
         blend: dict[str, Delta] = {}
-        for attr in _ATTRS:
+        for attr in ATTRS:
             indices, total = self.summed(names, attr)
             if indices is not None:
                 parameter = getattr(site.module, attr)
@@ -316,86 +313,6 @@ class SparseFtLayer(nn.Module, BaseTunerLayer):
             self._check_loaded(attr, f"{self.name}.{attr} of {adapter!r}", indices)
             self._check_values(f"{self.name}.{attr} of {adapter!r}", self.values_of(attr)[adapter])
             self._unfilled.discard((attr, adapter))
-
-    # Merging.
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Write adapters into the weight: ``rn(base + sum of all merged)``, in order of names.
-
-        Args:
-            safe_merge: refuse results that are not finite; the weight is then as before.
-            adapter_names: which; default: the active ones.
-
-        Raises:
-            CompositionError: quantised storage; with ``safe_merge`` values that are not finite.
-        """
-        names = check_adapters_to_merge(self, adapter_names)
-        names = [n for n in names if any(n in self.indices_of(attr) for attr in _ATTRS)]
-        if not names:
-            return
-        why = self.why_not_mergeable()
-        if why is not None:
-            raise CompositionError(why)
-        self._check_filled(names)
-        before = list(self.merged_adapters)
-        self._restore()
-        try:
-            self._write([*before, *names], check=safe_merge)
-        except CompositionError:
-            self._write(before, check=False)
-            raise
-
-    def why_not_mergeable(self) -> str | None:
-        """Return why nothing can be written into the weight, as a sentence with the way out."""
-        base = self.stock
-        for attr in _ATTRS:
-            if len(self.indices_of(attr)) and is_opaque(getattr(base, attr)):
-                kind = type(getattr(base, attr)).__name__
-                return (
-                    f"{self.name}.{attr} is quantised ({kind} of {getattr(base, attr).dtype}): "
-                    "nothing is merged into quantised storage, as entries would be rounded to its "
-                    "few values. Run unmerged; or export a dense model, "
-                    "sparseft.peft.merged_state_dict(model, dtype=torch.bfloat16); or load the "
-                    "base in bfloat16 and merge there."
-                )
-        return None
-
-    def _write(self, names: list[str], *, check: bool) -> None:
-        base, under, sums = self.stock, {}, {}
-        for attr in _ATTRS:
-            indices, total = self.summed(names, attr)
-            if indices is None:
-                continue
-            weight = getattr(base, attr)
-            with torch.no_grad():
-                here = indices.to(weight.device)
-                held = gather_entries(weight.detach(), here)
-                sums[attr] = sum_entries(held, total().to(weight.device), weight.dtype)
-            fault = find_value_fault(sums[attr]) if check else None
-            if fault is not None:
-                raise CompositionError(
-                    f"{self.name}.{attr} merged with {', '.join(names)} is not finite; {fault}. "
-                    "Look for a loss that diverged; nothing was merged into this layer."
-                )
-            under[attr] = (here, held)
-        for attr, (indices, _) in under.items():
-            write_entries_(getattr(base, attr), indices, sums[attr])
-        self._under, self.merged_adapters = under, list(names)
-
-    def _restore(self) -> None:
-        base = self.stock
-        for attr, (indices, held) in self._under.items():
-            weight = getattr(base, attr)
-            # Cast where the model was cast since: rn(base), as the other entries are now.
-            write_entries_(weight, indices.to(weight.device), held.to(weight.device, weight.dtype))
-        self._under, self.merged_adapters = {}, []
-
-    def unmerge(self) -> None:
-        """Put back what the base had, bit for bit."""
-        if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-            return
-        self._restore()
 
     def __repr__(self) -> str:
         return f"sparseft.{super().__repr__()}"

@@ -23,6 +23,10 @@ from sparseft.peft.planning import Plan, plan_layers
 __all__ = ["SparseFtModel"]
 
 
+# Arguments of a model's forward whose first dimension is the batch.
+_INPUTS = ("input_ids", "inputs_embeds", "pixel_values", "input_features", "input_values")
+
+
 class SparseFtModel(BaseTuner):
     """A model whose layers have sparse adapters; `peft.get_peft_model` makes it.
 
@@ -182,7 +186,7 @@ class SparseFtModel(BaseTuner):
         if names is None:
             yield
             return
-        self._check_rows(names)
+        self._check_rows(names, [kwargs.get(key) for key in _INPUTS] + list(args[:1]))
         beams = kwargs.get("num_beams") or 1
         encoder = getattr(self.model, "get_encoder", lambda: None)() if beams > 1 else None
         inside = set() if encoder is None else set(encoder.modules())
@@ -200,7 +204,13 @@ class SparseFtModel(BaseTuner):
             for handle in handles:
                 handle.remove()
 
-    def _check_rows(self, names: Sequence[str]) -> None:
+    def _check_rows(self, names: Sequence[str], inputs: Sequence[Any]) -> None:
+        first = next((x for x in inputs if isinstance(x, torch.Tensor) and x.ndim), None)
+        if first is not None and first.shape[0] != len(names):
+            raise CompositionError(
+                f"adapter_names has {len(names)} names and the batch {first.shape[0]} rows; give "
+                f"one name for each row, {BASE!r} for rows without an adapter."
+            )
         if self.training:
             raise CompositionError(
                 "adapter_names is for inference, and the model is in training mode; call "

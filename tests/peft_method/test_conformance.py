@@ -146,3 +146,27 @@ def test_the_state_dict_of_an_adapter_goes_out_and_in(case, tools):
     assert not torch.equal(tools.logits(model, made.batch), wanted)
     peft.set_peft_model_state_dict(model, own)
     assert torch.equal(tools.logits(model, made.batch), wanted)
+
+
+def test_rows_of_a_mixed_batch(case, tools):
+    made, model = case
+    tools.scramble(model.eval())
+    own = tools.logits(model, made.batch)
+    with model.disable_adapter():
+        base = tools.logits(model, made.batch)
+    mixed = tools.logits(model, made.batch, adapter_names=["default", "__base__", "default"])
+    for row, wanted in enumerate((own, base, own)):
+        torch.testing.assert_close(mixed[row], wanted[row], rtol=1e-5, atol=1e-6)
+
+
+def test_pefts_own_report_of_layers(case):
+    _, model = case
+    status = model.get_model_status()
+    layers = sum(isinstance(m, SparseFtLayer) for m in model.modules())
+    assert status.num_adapter_layers == layers
+    assert (status.enabled, status.active_adapters) == (True, ["default"])
+    assert (status.merged_adapters, status.available_adapters) == ([], ["default"])
+    assert status.requires_grad == {"default": True}
+    model.merge_adapter()
+    assert model.get_model_status().merged_adapters == ["default"]
+    assert all("default" in layer.available_adapters for layer in model.get_layer_status())
