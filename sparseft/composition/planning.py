@@ -18,6 +18,7 @@ from sparseft.composition.registry import Recipe, recipe_of
 from sparseft.composition.residency import Residency
 from sparseft.diff import SparseDiff
 from sparseft.errors import CompositionError, OptionError
+from sparseft.modules.weight_storage import is_sharded
 from sparseft.ops import pack_diffs
 from sparseft.ops.packed import PackedUnion
 
@@ -179,6 +180,11 @@ class Planner:
         spans = []
         for name in names:
             p = self.fitter.index.get(name)
+            if is_sharded(p):
+                raise CompositionError(
+                    f"{name!r} is sharded, and a composition writes whole weights. Apply it before "
+                    "fully_shard, or train from one adapter: attach(model, adapter)."
+                )
             extent = 1 + sum((n - 1) * s for n, s in zip(p.shape, p.stride(), strict=True))
             if p.numel():
                 spans.append((p.device, p.data_ptr(), extent * p.element_size(), name))

@@ -30,7 +30,7 @@ class FullParameter:
         self.shards = shards
         before = parameter.detach().clone()
         self.holder = Holder(f"attach({name!r}, fully trained)", None, before)
-        push(parameter, self.holder)
+        push(parameter, self.holder, keeper=self)
 
     def require_top(self, action: str) -> None:
         """Raise StackOrderError unless nobody changed the parameter since attach did."""

@@ -103,7 +103,7 @@ class MaskedParameter:
         self.leaf = nn.Parameter(torch.zeros(pattern.nnz, dtype=self.wide, device=weight.device))
         base = read_entries(weight, pattern.indices, backend=backend)
         self.holder = Holder(f"attach({name!r})", pattern.indices, base)
-        push(weight, self.holder)
+        push(weight, self.holder, keeper=self)
         self.register()
 
     def start(

@@ -182,7 +182,8 @@ def _numbers(masked: MaskedParameter, seen: SeenEntries | None) -> Tensor:
 def _entries(masked: MaskedParameter) -> Tensor:
     """Return what a weight holds at its mask."""
     stack = holders(masked.weight)
-    if stack and stack[-1] is masked.holder:
+    # (Of a sharded weight no process has all; a report is not to wait for the others.)
+    if stack and stack[-1] is masked.holder and masked.shards is None:
         return gather_entries(masked.weight.detach(), masked.indices, backend=masked.backend)
     # Something lies on top: what the weight will hold without it.
     return masked.expected_entries(masked.leaf.detach())

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import weakref
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,14 +49,20 @@ class _Stacks:
     """
 
     def __init__(self) -> None:
-        self._found: dict[int, tuple[weakref.ref[Tensor], list[Holder]]] = {}
+        self._found: dict[int, tuple[weakref.ref[Any], list[Holder]]] = {}
         self._gone: list[int] = []
 
     def get(self, parameter: Tensor) -> list[Holder] | None:
         entry = self._found.get(id(parameter))
-        return None if entry is None or entry[0]() is not parameter else entry[1]
+        if entry is None:
+            return None
+        alive = entry[0]()
+        if alive is parameter:
+            return entry[1]
+        # Whoever keeps the parameter, see `push`: while that lives, so does the parameter.
+        return None if alive is None or isinstance(alive, Tensor) else entry[1]
 
-    def made(self, parameter: Tensor) -> list[Holder]:
+    def made(self, parameter: Tensor, keeper: object | None) -> list[Holder]:
         """Return the stack of a parameter, a new one if it has none."""
         stack = self.get(parameter)
         if stack is None:
@@ -63,14 +70,14 @@ class _Stacks:
             key, stack = id(parameter), []
             # A model that is dropped while changed leaves no values here.
             note = functools.partial(self._note, key, stack)
-            self._found[key] = (weakref.ref(parameter, note), stack)
+            self._found[key] = (weakref.ref(parameter if keeper is None else keeper, note), stack)
         return stack
 
     def forget(self, parameter: Tensor) -> None:
         """Drop a parameter's stack."""
         self._found.pop(id(parameter), None)
 
-    def _note(self, key: int, stack: list[Holder], dead: weakref.ref[Tensor]) -> None:
+    def _note(self, key: int, stack: list[Holder], dead: weakref.ref[Any]) -> None:
         stack.clear()
         self._gone.append(key)
 
@@ -93,9 +100,17 @@ def holders(parameter: Tensor) -> tuple[Holder, ...]:
     return tuple(_stacks.get(parameter) or ())
 
 
-def push(parameter: Tensor, holder: Holder) -> None:
-    """Put ``holder`` on top of the stack of ``parameter``, before the parameter is changed."""
-    _stacks.made(parameter).append(holder)
+def push(parameter: Tensor, holder: Holder, *, keeper: object | None = None) -> None:
+    """Put ``holder`` on top of the stack of ``parameter``, before the parameter is changed.
+
+    Args:
+        parameter: what will be changed.
+        holder: who changes it.
+        keeper: an object that keeps the parameter alive as long as it lives. Of a sharded parameter
+            it is watched in its place: torch casts and moves a DTensor by a swap of insides, which
+            it refuses where a weak reference watches.
+    """
+    _stacks.made(parameter, keeper if is_sharded(parameter) else None).append(holder)
 
 
 def require_top(parameter: Tensor, holder: Holder, *, name: str, action: str) -> None:
@@ -137,8 +152,7 @@ def pop(parameter: Tensor, holder: Holder, *, name: str = "parameter") -> None:
     # An empty list stays, as long as the parameter does: the next change comes soon.
     stack.pop()
     if not stack and is_sharded(parameter):
-        # Torch casts and moves a DTensor by a swap of insides, which no reference may watch.
-        _stacks.forget(parameter)
+        _stacks.forget(parameter)  # the next change has another keeper
 
 
 def bottom_value(parameter: Tensor) -> Tensor:

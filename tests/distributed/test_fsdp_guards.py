@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 import sparseft
-from sparseft.errors import AttachError
+from sparseft.errors import AttachError, CompositionError
 
 
 def beside(name):
@@ -85,7 +85,8 @@ def changes(rank):
     refused(replace, "cannot replace 'weight'", "'layers.0.up.weight'")
     refused(lambda: setattr(up, "diff_weight", nn.Parameter(torch.zeros(1))), "cannot replace")
     refused(lambda: model.layers[0].up.to(torch.bfloat16), "is sharded", "MixedPrecisionPolicy")
-    model.layers.to("cpu")  # what it is already
+    model.to("cpu")  # what it is already
+    assert not rank or sparse.report().total.changed == 0  # nothing waits for the others
     assert up.weight is up._parameters["weight"]
 
     rule = torch.optim.AdamW(sparse.param_groups(), lr=0.05)
@@ -115,7 +116,11 @@ def changes(rank):
     hook = model.layers[0].register_forward_pre_hook(step_inside)
     kit.loss_of(model, kit.own_part(kit.batches(1)[0], rank, 2)).backward()
     hook.remove()
+    adapter = sparse.adapter("learned")
     sparse.detach()
+    model.to("cpu")
+    with pytest.raises(CompositionError, match="is sharded.*attach\\(model, adapter\\)"):
+        sparseft.Composer(model, {"learned": adapter}).apply(["learned"])
     compare = kit.whole(model)
     assert all(torch.equal(compare[n], v) for n, v in before.items())
 
