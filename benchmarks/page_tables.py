@@ -221,6 +221,20 @@ def precisions(files: Files, file: str) -> str:
     return table(files.document(file)["curves"]).rstrip()
 
 
+def ranks(files: Files, file: str) -> str:
+    """Small models on several ranks, predicted beside measured, of `run.py ranks`."""
+    from run_ranks import measured_table
+
+    return measured_table(files.document(file)["measured"])
+
+
+def paper(files: Files, file: str) -> str:
+    """Large models on several ranks, predicted, of `run.py ranks`."""
+    from run_ranks import paper_table
+
+    return paper_table(files.document(file)["paper"])
+
+
 def sweep(files: Files, file: str, *labels: str) -> str:
     """Methods by density, mean over the target languages; ``name=Label`` says it better."""
     from sparseft.evaluation.comparison import mean_cell
@@ -318,8 +332,10 @@ def _named(versions: Mapping[str, str]) -> Sequence[str]:
 TABLES: dict[str, Callable[..., str]] = {
     "best": best,
     "link": link,
+    "paper": paper,
     "precisions": precisions,
     "profile": profiles,
+    "ranks": ranks,
     "source": source,
     "steps": steps,
     "sweep": sweep,

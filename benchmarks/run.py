@@ -4,6 +4,7 @@
     python benchmarks/run.py suite --only 'sampled_grad/*' --minutes 3
     python benchmarks/run.py ops                     # every operation: `sparseft bench --op all`
     python benchmarks/run.py profile                 # memory of a step, predicted and measured
+    python benchmarks/run.py ranks                   # 2 and 4 ranks measured, 7b-30b on paper
     python benchmarks/run.py compose                 # switching and loading adapters, XLM-R base
     python benchmarks/run.py compose --model small   # the same on a small encoder, a minute
     python benchmarks/run.py denoise                 # truncated SVDs of an encoder, 4 minutes
@@ -32,6 +33,7 @@ import amp_curves  # noqa: E402
 import gpu_suite  # noqa: E402
 import run_mask  # noqa: E402
 import run_package  # noqa: E402
+import run_ranks  # noqa: E402
 import run_tables  # noqa: E402
 
 
@@ -45,6 +47,10 @@ def ops(arguments: list[str]) -> int:
 
 def profile(arguments: list[str]) -> int:
     return run_package.profile(arguments, results=HERE / "results")
+
+
+def ranks(arguments: list[str]) -> int:
+    return run_ranks.main(arguments, results=HERE / "results")
 
 
 def compose(arguments: list[str]) -> int:
@@ -76,7 +82,7 @@ def amp(arguments: list[str]) -> int:
 
 
 COMMANDS = (
-    *("suite", "ops", "profile", "step", "scaling", "mask", "amp"),
+    *("suite", "ops", "profile", "ranks", "step", "scaling", "mask", "amp"),
     *("compose", "denoise", "select"),
 )
 
