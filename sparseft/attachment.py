@@ -334,7 +334,7 @@ class Attachment(Trained, MergedExport):
         self._check_active("reselect_")
         changes = resolve_changes(ParameterIndex(self.model), self._masked, masks)
         agreement.check_moves({masked.name: pattern for masked, pattern in changes}, self._group)
-        return repattern_(changes, optimizer)
+        return repattern_(changes, optimizer, self._group)
 
     # Leaving.
 

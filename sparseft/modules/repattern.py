@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from sparseft._text import did_you_mean
 from sparseft.diff import MaskLike, SparsePattern, as_pattern
 from sparseft.errors import AttachError, MaskError, UnknownNameError
+from sparseft.modules._collective import Group
 from sparseft.modules.leaves import MaskedParameter
 from sparseft.modules.names import ParameterIndex
 from sparseft.modules.ranks import processes
@@ -54,13 +55,16 @@ def resolve_changes(
 
 
 @torch.no_grad()
-def repattern_(changes: Iterable[tuple[MaskedParameter, SparsePattern]], optimizer: Any) -> int:
+def repattern_(
+    changes: Iterable[tuple[MaskedParameter, SparsePattern]], optimizer: Any, group: Group = None
+) -> int:
     """Give masked parameters other patterns; all is checked before anything changes.
 
     Args:
         changes: pairs of a masked parameter and where it is trained from now on, of its shape.
         optimizer: the one, or all, that hold the leaves; None, if no optimizer has seen them. Any
             other that has stepped a leaf and is alive has its state moved, too.
+        group: who trains together.
 
     Returns:
         How many entries are new.
@@ -78,7 +82,7 @@ def repattern_(changes: Iterable[tuple[MaskedParameter, SparsePattern]], optimiz
     optimizers = as_optimizers(optimizer)
     todo = []
     for masked, pattern in changes:
-        _check_pattern(masked, pattern)
+        _check_pattern(masked, pattern, 1 if group is False else processes(group))
         masked.require_top("move the mask of")
         masked.follow_weight_()
         pattern = pattern.to(masked.weight.device)
@@ -98,7 +102,7 @@ def repattern_(changes: Iterable[tuple[MaskedParameter, SparsePattern]], optimiz
     return sum(_move_(masked, pattern, holders) for masked, pattern, holders in todo)
 
 
-def _check_pattern(masked: MaskedParameter, pattern: SparsePattern) -> None:
+def _check_pattern(masked: MaskedParameter, pattern: SparsePattern, ranks: int) -> None:
     name, now = masked.name, masked.pattern
     if not pattern.nnz:
         raise MaskError(
@@ -106,9 +110,9 @@ def _check_pattern(masked: MaskedParameter, pattern: SparsePattern) -> None:
             "without this weight."
         )
     # Leaves of a sharded weight go through LeafReduction, which looks at their sizes each time.
-    if pattern.nnz != now.nnz and masked.shards is None and processes() > 1:
+    if pattern.nnz != now.nnz and masked.shards is None and ranks > 1:
         raise AttachError(
-            f"{name!r}: {now.nnz} entries cannot become {pattern.nnz} while {processes()} "
+            f"{name!r}: {now.nnz} entries cannot become {pattern.nnz} while {ranks} "
             "processes train together: DistributedDataParallel has buckets for the leaf's size. "
             "Keep the count of each tensor (scope='tensor')."
         )

@@ -62,7 +62,10 @@ def train(rank, cases, steps):
     return results
 
 
-@pytest.mark.parametrize(("world_size", "cases"), [(2, CASES), (4, CASES[::4])])
+@pytest.mark.parametrize(
+    ("world_size", "cases"),
+    [(2, CASES[::2]), (4, CASES[3:4]), pytest.param(4, CASES, marks=pytest.mark.slow)],
+)
 def test_several_processes_train_as_one(world_size, cases, run_ranks):
     ranks = run_ranks(train, world_size, cases, 3)
     for i, (kind, optimizer) in enumerate(cases):

@@ -95,6 +95,8 @@ def apart(rank):
     refused("scope", lambda: Reselection(sparse, steps=12, scope="global"))
     more = torch.ones_like(model.inputs.weight) > 0
     refused("count", lambda: sparse.reselect_({"inputs.weight": more}, optimizer=opt))
+    with kit.attached(kit.make("causal"), group=False) as alone:
+        said["alone"] = alone.reselect_({"inputs.weight": more}, optimizer=None)
     with torch.no_grad():  # as if rank 1 had gone its own way
         leaf = sparse.leaves["inputs.weight"]
         leaf.add_(rank * torch.randn(leaf.shape))
@@ -110,6 +112,7 @@ def test_ranks_apart_and_other_counts_are_named(run_ranks):
     for said in run_ranks(apart, 2):
         assert "scope='tensor'" in said["scope"]
         assert "'inputs.weight'" in said["count"]
+        assert said["alone"] > 0, "of a process that trains alone counts may change"
         assert "disagree on the new mask of 'inputs.weight'" in said["moves"]
         assert "rank 1 against rank 0" in said["moves"]
         assert said["stay"], "refused before anything moved"

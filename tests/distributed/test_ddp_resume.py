@@ -66,7 +66,12 @@ def flat(tensors):
 
 @pytest.mark.parametrize(
     ("before", "after", "optimizer"),
-    [(2, 1, "sparse_adamw"), (1, 2, "adamw"), (2, 2, "adamw"), (2, 4, "fused")],
+    [
+        (2, 1, "sparse_adamw"),
+        (1, 2, "adamw"),
+        pytest.param(2, 2, "adamw", marks=pytest.mark.slow),
+        pytest.param(2, 4, "fused", marks=pytest.mark.slow),
+    ],
 )
 def test_resumed_by_another_number_of_processes(before, after, optimizer, run_ranks, tmp_path):
     def some(count, *steps):

@@ -23,7 +23,7 @@ def test_what_several_processes_cannot_do_is_named(monkeypatch):
     monkeypatch.setattr(reselection, "processes", lambda group=None: 2)
     with pytest.raises(AttachError, match=r"scope='global' .* 2 processes .* scope='tensor'"):
         Reselection(sparse, steps=10, scope="global")
-    monkeypatch.setattr(repattern, "processes", lambda: 2)
+    monkeypatch.setattr(repattern, "processes", lambda group: 2)
     more = ~start["layer.weight"]
     with pytest.raises(AttachError, match=r"'layer.weight': 80 entries cannot become 688"):
         sparse.reselect_({"layer.weight": more}, optimizer=None)
