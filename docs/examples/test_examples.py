@@ -14,7 +14,9 @@ import pytest
 from sparseft import Adapter
 
 HERE = Path(__file__).resolve().parent
-SCRIPTS = ["plain_loop", "ddp_loop", "trainer", "accelerate_loop", "lightning_loop"]
+SCRIPTS = [
+    "plain_loop", "ddp_loop", "fsdp_loop", "trainer", "accelerate_loop", "lightning_loop",
+]  # fmt: skip
 
 
 @pytest.fixture

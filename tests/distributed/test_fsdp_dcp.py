@@ -5,6 +5,9 @@ number of processes or another.
 from __future__ import annotations
 
 import importlib.util
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -215,3 +218,27 @@ def test_what_does_not_fit_is_noticed_on_every_process(run_ranks, tmp_path):
     assert one["again"] == one["compact"]
     assert "load_target" in one["in place"]
     assert "masks moved in training" in one["still"]
+
+
+@pytest.mark.slow
+def test_the_example_stopped_by_two_processes_and_resumed_by_one(tmp_path):
+    script = Path(__file__).parent.parent.parent / "docs" / "examples" / "fsdp_loop.py"
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+    def run(*command):
+        done = subprocess.run(
+            [sys.executable, *map(str, command)],
+            cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200, check=False,
+        )  # fmt: skip
+        return done.stdout + done.stderr
+
+    assert "stopped after step 25" in run(*torchrun, script, "--stop-after", 25)
+    assert (tmp_path / "sparse-run/checkpoint/.metadata").is_file()
+    printed = run(script, "--resume")
+    assert printed.count("accuracy 1.000") == 2, printed
+    resumed = sparseft.Adapter.load(tmp_path / "sparse-run/adapter")
+    run(*torchrun, script, "--out", "whole")
+    whole = sparseft.Adapter.load(tmp_path / "whole/adapter")
+    assert resumed.metadata.fingerprint == whole.metadata.fingerprint
+    assert resumed.nnz == whole.nnz
