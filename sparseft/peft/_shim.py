@@ -63,6 +63,7 @@ def _add_member(kinds: Any) -> Any:
         made._name_, made._value_, made.__objclass__ = KIND, KIND, kinds
         made._sort_order_ = len(kinds._member_names_)
         made.__reduce_ex__ = _reduce
+        made._made_by_sparseft = True
         _member = made
     type.__setattr__(kinds, KIND, _member)
     kinds._member_map_[KIND] = kinds._value2member_map_[KIND] = _member
@@ -103,6 +104,7 @@ def register() -> None:
         ImportError: a peft that is absent or outside the tested range.
         RuntimeError: peft has a method of that name already.
     """
+    global _member
     check_version()
     from peft import PeftType
     from peft.utils import register_peft_method
@@ -113,7 +115,14 @@ def register() -> None:
     with _lock:
         if registered():
             return
-        if KIND in PeftType.__members__:
+        found = PeftType.__members__.get(KIND)
+        if getattr(found, "_made_by_sparseft", False):
+            # By a copy of this module that was reloaded since: its classes make way for ours.
+            _member = found
+            for table in _tables():
+                table.pop(found, None)
+            _remove_member(PeftType)
+        elif found is not None:
             raise RuntimeError(
                 f"peft has a method {KIND} that is not this one; sparseft.peft cannot be used with "
                 "it. `sparseft convert ADAPTER OUT --to peft-shira` needs no registration."

@@ -14,6 +14,7 @@ import torch
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from sparseft._integrity import find_value_fault
 from sparseft.diff import SparseDiff, index_dtype_for
@@ -86,7 +87,10 @@ class SparseFtLayer(Merging, nn.Module, BaseTunerLayer):
         pattern = SparsePattern._trusted(
             self.indices_of(attr)[adapter_name], torch.Size(self.shape(attr))
         )
-        return SparseDiff.from_pattern(pattern, self.values_of(attr)[adapter_name].detach())
+        values = self.values_of(attr)[adapter_name].detach()
+        if isinstance(values, DTensor):
+            values = values.full_tensor()  # all ranks take part
+        return SparseDiff.from_pattern(pattern, values)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Return one adapter's change of the weight, dense, as PEFT's layers do."""

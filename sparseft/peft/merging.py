@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from sparseft._integrity import find_value_fault
 from sparseft.errors import CompositionError
@@ -77,15 +78,22 @@ class Merging:
         """Return why nothing can be written into the weight, as a sentence with the way out."""
         base = self.stock
         for attr in ATTRS:
-            if len(self.indices_of(attr)) and is_opaque(getattr(base, attr)):
-                kind = type(getattr(base, attr)).__name__
+            weight = getattr(base, attr, None)
+            if not len(self.indices_of(attr)) or not is_opaque(weight):
+                continue
+            if isinstance(weight, DTensor):
                 return (
-                    f"{self.name}.{attr} is quantised ({kind} of {getattr(base, attr).dtype}): "
-                    "nothing is merged into quantised storage, as entries would be rounded to its "
-                    "few values. Run unmerged; or export a dense model, "
-                    "sparseft.peft.merged_state_dict(model, dtype=torch.bfloat16); or load the "
-                    "base in bfloat16 and merge there."
+                    f"{self.name}.{attr} is cut into shards by fully_shard, and PEFT merges whole "
+                    "weights. Take adapter_of(model) on all ranks, and merge in a model that is "
+                    "not sharded."
                 )
+            return (
+                f"{self.name}.{attr} is quantised ({type(weight).__name__} of {weight.dtype}): "
+                "nothing is merged into quantised storage, as entries would be rounded to its few "
+                "values. Run unmerged; or export a dense model, "
+                "sparseft.peft.merged_state_dict(model, dtype=torch.bfloat16); or load the base "
+                "in bfloat16 and merge there."
+            )
         return None
 
     def _write(self, names: list[str], *, check: bool) -> None:

@@ -21,6 +21,7 @@ from sparseft.errors import AttachError, BaseMismatchError, MaskError, OptionErr
 from sparseft.fingerprint import compare, fingerprint_tensor
 from sparseft.modules import ParameterIndex
 from sparseft.modules.dequantise import dequantise
+from sparseft.modules.names import STATE_KEY, canonical_name
 from sparseft.modules.separate import is_opaque, shape_of, why_not_separate
 from sparseft.peft.config import SparseFtConfig
 from sparseft.peft.layer import SparseFtLayer
@@ -57,6 +58,12 @@ def plan_layers(config: SparseFtConfig, model: nn.Module) -> Plan:
         BaseMismatchError: entries of another model.
     """
     layers = _layers(model)
+    masked = next((key for key, module in layers.items() if STATE_KEY in vars(module)), None)
+    if masked is not None:
+        raise AttachError(
+            f"{masked!r} has masks of sparseft.attach, whose values PEFT would freeze without a "
+            "word. Detach them first: sparse.detach(restore=False) keeps what was trained."
+        )
     if config.entries is not None and not config._chosen_here:
         parts = {
             name: Part(tuple(fact["shape"]), fact["nnz"]) for name, fact in config.entries.items()
@@ -174,7 +181,6 @@ def _within(config: SparseFtConfig, layers: Mapping[str, nn.Module]) -> set[str]
 
 
 def _of_masks(config: SparseFtConfig, layers: Mapping[str, nn.Module]) -> dict[str, Part]:
-    from sparseft.modules.names import canonical_name
     from sparseft.selection import Masks
 
     masks = config.masks

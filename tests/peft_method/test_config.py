@@ -268,3 +268,12 @@ def test_an_adapter_of_another_base_is_refused():
     peft.get_peft_model(small(), SparseFtConfig(adapter=own))
     with pytest.raises(BaseMismatchError, match=r"'0.weight' is not the base tensor"):
         peft.get_peft_model(other, SparseFtConfig(adapter=own))
+
+
+def test_masks_of_attach_are_not_frozen_without_a_word():
+    model = small()
+    sparse = sparseft.attach(model, sparseft.select(model, "random", nnz=5, include=["0.weight"]))
+    with pytest.raises(AttachError, match=r"'0' has masks of sparseft.attach.*detach"):
+        peft.get_peft_model(model, SparseFtConfig(target_modules=["2"], nnz=5))
+    sparse.detach(restore=False)
+    peft.get_peft_model(model, SparseFtConfig(target_modules=["2"], nnz=5))

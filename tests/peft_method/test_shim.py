@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import enum
+import importlib
 import pickle
 import subprocess
 import sys
@@ -134,6 +135,27 @@ def test_threads_register_it_once(unregistered):
     assert list(PeftType).count("SPARSEFT") == 1
     method.unregister()
     assert picture() == before
+
+
+def test_modules_imported_a_second_time_take_over(unregistered):
+    """As after a reload: the member stays the same object, the classes are the new ones."""
+    method.register()
+    with_ours, kind = picture(), PeftType.SPARSEFT
+    held = {n: m for n, m in sys.modules.items() if n.startswith("sparseft.peft")}
+    try:
+        for name in held:
+            del sys.modules[name]
+        again = importlib.import_module("sparseft.peft")
+        assert again is not method
+        assert PeftType.SPARSEFT is kind
+        assert peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[kind] is again.SparseFtConfig
+        assert list(PeftType).count("SPARSEFT") == 1
+        again.unregister()
+    finally:
+        sys.modules.update(held)
+        importlib.import_module("sparseft").__dict__["peft"] = method
+    method.register()
+    assert picture() == with_ours
 
 
 def test_a_config_made_while_unregistered_registers(unregistered):

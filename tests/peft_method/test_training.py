@@ -222,3 +222,38 @@ def test_auto_classes_and_task_heads(tools, tmp_path):
         tmp_path / "adapter", num_labels=3
     )
     assert torch.equal(tools.logits(loaded.eval(), made.batch), wanted)
+
+
+def _train_sharded(rank, world):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = peft.get_peft_model(_two_linears(), SparseFtConfig(nnz=30))
+    mesh = init_device_mesh("cpu", (world,))
+    for layer in model.modules():
+        if isinstance(layer, SparseFtLayer):
+            fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    x = torch.randn(8, 8, generator=torch.Generator().manual_seed(1))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    for _ in range(3):
+        model(x[rank * 4 : rank * 4 + 4]).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    try:
+        model.merge_adapter()
+        said = ""
+    except sparseft.SparseFtError as bad:
+        said = str(bad)
+    own = adapter_of(model)
+    return {n: (d.indices, d.values) for n, d in own.items()}, said
+
+
+@pytest.mark.slow
+def test_two_ranks_of_fully_shard_equal_one(run_ranks):
+    alone, _ = _train_rank(0, 1)
+    for held, said in run_ranks(_train_sharded, 2, 2):
+        assert "cut into shards by fully_shard" in said
+        for name, (indices, values) in alone.items():
+            assert torch.equal(held[name][0], indices)
+            torch.testing.assert_close(held[name][1], values, rtol=1e-4, atol=1e-6)
