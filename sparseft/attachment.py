@@ -27,6 +27,7 @@ from sparseft.modules.compact import (
     start_compact_state_dict,
     stop_compact_state_dict,
 )
+from sparseft.modules.ddp_guard import guard_wrapping, refuse_wrapped
 from sparseft.modules.fingerprint import verify_fingerprint
 from sparseft.modules.full_params import FullParameter
 from sparseft.modules.input_grads import (
@@ -116,6 +117,7 @@ def attach(
     check_masks(masks)
     if optimizer is not None:
         check_optimizer(optimizer)
+    refuse_wrapped(model)
     sharding = Sharding(model)
     index = ParameterIndex(model)
     start = masks if isinstance(masks, Adapter) else None
@@ -141,6 +143,7 @@ def attach(
         group=group,
         sharding=sharding,
     )
+    attachment._at_detach += guard_wrapping(model, group)
     try:
         agreement.check_bases(attachment._masked.values(), group)
         agreement.check_adapter(start, "attach", group)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import time
 
@@ -140,6 +141,39 @@ def test_agreement_is_three_small_reductions_within_a_group(run_ranks):
             assert "disagree on the mask of '0.weight' (and 1 more): rank 3 against rank 1" in text
         else:
             assert text == ""
+
+
+def wrapped_first(rank):
+    said = []
+    model, masks = network()
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    said.append(refused(lambda: sparseft.attach(wrapped, masks)))
+    sparse = sparseft.attach(model, masks)  # of the model, which knows of no wrapper
+    data = torch.randint(0, 11, (4, 5))
+    model(data).sum().backward()  # not through it
+    with torch.no_grad():
+        wrapped(data)
+    said.append(refused(lambda: wrapped(data)))
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    wrapped(data).sum().backward()
+    # Attached anew: the same wrapper does not know these leaves.
+    sparse.detach()
+    hooks = len(model._forward_pre_hooks)
+    sparse = sparseft.attach(model, masks)
+    said.append(refused(lambda: wrapped(data)))
+    copy.deepcopy(model)(data).sum().backward()
+    sparse.detach()
+    return said, hooks, len(model._forward_pre_hooks)
+
+
+def test_a_model_wrapped_before_attach_is_named(run_ranks):
+    for (given, inner, anew), *hooks in run_ranks(wrapped_first, 2):
+        assert given[0] == inner[0] == anew[0] == "AttachError"
+        assert "'the model' is a DistributedDataParallel" in given[1]
+        for _, text in (inner, anew):
+            assert "'0.weight' and others were attached after the model was wrapped" in text
+            assert "Attach first, then wrap" in text
+        assert hooks == [0, 0]
 
 
 def late(rank):
