@@ -78,7 +78,7 @@ class Merging:
         """Return why nothing can be written into the weight, as a sentence with the way out."""
         base = self.stock
         for attr in ATTRS:
-            weight = getattr(base, attr, None)
+            weight: Any = getattr(base, attr, None)
             if not len(self.indices_of(attr)) or not is_opaque(weight):
                 continue
             if isinstance(weight, DTensor):

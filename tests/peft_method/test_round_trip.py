@@ -13,7 +13,7 @@ peft = pytest.importorskip("peft", reason="PEFT is not installed: pip install 'p
 
 import sparseft  # noqa: E402
 from sparseft import Adapter, SparseDiff  # noqa: E402
-from sparseft.errors import AdapterFormatError  # noqa: E402
+from sparseft.errors import AdapterFormatError, AttachError  # noqa: E402
 from sparseft.io import foreign  # noqa: E402
 from sparseft.peft import SparseFtConfig, adapter_of  # noqa: E402
 
@@ -61,6 +61,15 @@ def test_ours_is_loaded_by_peft_with_equal_outputs_and_comes_back(tools, tmp_pat
         written = {n: p.clone() for n, p in plain.named_parameters()}
     for name, parameter in model.merge_and_unload().named_parameters():
         assert torch.equal(parameter, written[name]), name
+
+
+def test_a_tied_embedding_is_refused_where_peft_would_split_it(tools, tmp_path):
+    table = torch.zeros(60, 16)
+    table[3, 4] = 0.5
+    adapter = Adapter({"transformer.wte.weight": SparseDiff.from_dense(table)})
+    foreign.write(adapter, tmp_path, "peft-sparseft", base=tools.tiny("gpt2").model)
+    with pytest.raises(AttachError, match="'transformer.wte.weight' is tied to 'lm_head.weight'"):
+        peft.PeftModel.from_pretrained(tools.tiny("gpt2").model, tmp_path)
 
 
 def _filled(adapter):
