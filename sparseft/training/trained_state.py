@@ -63,7 +63,8 @@ def trained_state(
     ]
     return TrainedState(
         index=_bytes(m.indices for m in masks),
-        base=_bytes([*(m.base for m in masks), *(f.holder.saved for f in full)]),
+        # None beside quantised weights.
+        base=_bytes([*(m.holder.saved for m in masks), *(f.holder.saved for f in full)]),
         diff=_bytes(m.leaf for m in masks),
         gradients=_bytes(p for p in trained if p.requires_grad),
         optimizer=_bytes(v for v in moments if isinstance(v, Tensor) and v.ndim > 0),

@@ -217,3 +217,57 @@ def test_int4_of_torchao_is_refused_by_the_library_without_its_kernels():
     model = nn.Sequential(nn.Linear(64, 128, dtype=torch.bfloat16))
     with pytest.raises(ImportError, match="mslk"):
         quantize_(model, Int4WeightOnlyConfig(group_size=32))
+
+
+@some
+def test_masks_that_move_by_drop_and_grow(scheme):
+    from sparseft.training.trained_state import trained_state
+
+    model, sparse = make(scheme, fill=False)
+    optimizer = sparseft.SparseAdamW(sparse.parameters(), lr=1e-2)
+    moving = sparseft.Reselection(sparse, steps=6, every=2, accumulate=1)
+    start = sparse.patterns["0.weight"].indices.clone()
+    losses = []
+    for _ in range(6):
+        loss = (model(X) - 1).square().mean()
+        loss.backward()
+        moving.step(optimizer)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    assert not torch.equal(sparse.patterns["0.weight"].indices, start)
+    beside = sum(sparse.patterns[n].nnz for n in ("0.weight", "2.weight"))
+    held = trained_state(sparse, optimizer)
+    assert held.base == 4 * (sparse.nnz - beside)  # the norm's alone
+    assert held.diff == 4 * sparse.nnz
+    moving.close()
+
+
+@q.needs("bitsandbytes")
+@pytest.mark.slow
+def test_a_compiled_model_gives_the_same():
+    model, sparse = make("bnb.nf4")
+    wanted = model(X)
+    wanted.pow(3).sum().backward()
+    before = grads(sparse)
+    got = torch.compile(model, backend="aot_eager")(X)
+    got.pow(3).sum().backward()
+    assert torch.equal(got, wanted)
+    assert close(grads(sparse), before, 1e-6)
+
+
+@q.needs("torchao")
+def test_stacks_of_experts_and_tables_of_torchao_are_refused_by_name():
+    from torchao.quantization import FqnToConfig, Int8WeightOnlyConfig, quantize_
+
+    from sparseft.errors import AttachError
+
+    model = nn.Sequential(nn.Embedding(64, 32))
+    model.register_parameter("experts", nn.Parameter(torch.randn(2, 32, 32)))
+    quantize_(model, FqnToConfig({"experts": Int8WeightOnlyConfig()}), filter_fn=None)
+    quantize_(model, Int8WeightOnlyConfig(), lambda module, _: isinstance(module, nn.Embedding))
+    for name in ("experts", "0.weight"):
+        mask = torch.ones(model.get_parameter(name).shape, dtype=torch.bool)
+        with pytest.raises(AttachError, match=rf"'{name}' is quantised \(torchao.Int8Tensor\)"):
+            sparseft.attach(model, {name: mask})
