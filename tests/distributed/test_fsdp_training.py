@@ -68,7 +68,8 @@ def as_alone(model, rule, rank, world):
     expected, weights = alone(rule)
     mean = torch.tensor(losses, dtype=torch.float64)
     torch.distributed.all_reduce(mean)
-    torch.testing.assert_close(mean / world, torch.tensor(expected, dtype=torch.float64))
+    mean /= torch.distributed.get_world_size()
+    torch.testing.assert_close(mean, torch.tensor(expected, dtype=torch.float64))
     compare(kit.whole(model), weights)
     changed = 0
     for name, pattern in sparse.patterns.items():
@@ -97,6 +98,8 @@ def four(rank):
     as_alone(kit.shard(kit.net(torch.float64)), RULES["foreach"], rank, 4)
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("copies", "shards"))
     as_alone(kit.shard(kit.net(torch.float64), mesh), RULES["SparseAdamW"], rank, 4)
+    pair = mesh["shards"]  # two models of two processes each
+    as_alone(kit.shard(kit.net(torch.float64), pair), RULES["momentum"], rank % 2, 2)
 
 
 def test_four_processes_and_two_by_two(run_ranks):
