@@ -12,8 +12,8 @@ __all__ = ["ATTACHMENTS", "start_compact_state_dict", "stop_compact_state_dict"]
 
 # Where a model keeps its attachments: `model.__dict__[ATTACHMENTS]`, the oldest first.
 ATTACHMENTS = "_sparseft_attachments"
-# Attributes that stand for digests: `module.__dict__[_NAMED]`.
-_NAMED = "_sparseft_digests"
+# Which attributes stand for keys of the state dict: `module.__dict__[_NAMED]`.
+_NAMED = "_sparseft_keys"
 
 
 def _drop_frozen(module: nn.Module, state_dict: Any, prefix: str, local_metadata: Any) -> None:
@@ -43,8 +43,8 @@ def _nothing_missing(module: nn.Module, incompatible_keys: Any) -> None:
         missing[:] = [name for name in missing if name not in names[False]]
 
 
-def _name_digests(model: nn.Module) -> None:
-    """Give modules an attribute for each digest in their compact state dict.
+def _name_keys(model: nn.Module) -> None:
+    """Give modules an attribute for each key that is none of theirs in their compact state dict.
 
     torch.distributed.checkpoint's get_state_dict follows every key through the model by getattr.
     """
@@ -52,15 +52,16 @@ def _name_digests(model: nn.Module) -> None:
         for masked in attachment._masked.values():
             if masked.compact and masked.home is not None:
                 module, leaf = masked.home
-                module.__dict__.setdefault(_NAMED, set()).add(f"{leaf}_base")
-                module.__dict__[f"{leaf}_base"] = "in the compact state dict: mask and base, hashed"
+                names = {f"{leaf}_base", f"{leaf}_rounded"}
+                module.__dict__.setdefault(_NAMED, set()).update(names)
+                module.__dict__.update(dict.fromkeys(names, "a key of the compact state dict"))
 
 
 def start_compact_state_dict(model: nn.Module) -> None:
     """Install the hooks on a model, once. They do nothing unless an attachment asks for it, or a
     compact state dict is loaded.
     """
-    _name_digests(model)
+    _name_keys(model)
     if not any(hook is _drop_frozen for hook in model._state_dict_hooks.values()):
         model.register_state_dict_post_hook(_drop_frozen)
         model.register_load_state_dict_post_hook(_nothing_missing)

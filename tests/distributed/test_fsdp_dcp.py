@@ -46,7 +46,7 @@ class Run:
     """Model, masks, optimizer and, where ``moving``, what moves the masks every third step."""
 
     def __init__(self, optimizer="adamw", *, compact=False, moving=False, dtype=torch.float32,
-                 base=None, seed=1):  # fmt: skip
+                 base=None, seed=1, room=False):  # fmt: skip
         self.model = kit.net(dtype)
         if base is not None:
             base(self.model)
@@ -58,7 +58,7 @@ class Run:
             compact_state_dict=compact,
         )
         self.optimizer = OPTIMIZERS[optimizer](self.sparse)
-        self.moving = None
+        self.moving, self.room = None, room or moving
         if moving:
             self.moving = Reselection(self.sparse, every=3, accumulate=2, rate=0.5, steps=12)
 
@@ -79,7 +79,7 @@ class Run:
         dcp.save(self.state(), checkpoint_id=folder)
 
     def load(self, folder):
-        state = self.state() if self.moving is None else load_target(self.state(), folder)
+        state = load_target(self.state(), folder) if self.room else self.state()
         dcp.load(state, checkpoint_id=folder)
         return set_state_dict(
             self.model, self.optimizer,
@@ -113,6 +113,12 @@ CASES = {
     "compact": {"optimizer": "sparse", "compact": True},
     "8-bit": {"optimizer": "bits"},
     "stochastic": {"optimizer": "sr", "dtype": torch.bfloat16},
+    "stochastic-compact": {
+        "optimizer": "sr",
+        "dtype": torch.bfloat16,
+        "compact": True,
+        "room": True,
+    },  # fmt: skip
     "moving": {"optimizer": "adamw", "compact": True, "moving": True},
     "moving-whole": {"optimizer": "bits", "moving": True},
 }

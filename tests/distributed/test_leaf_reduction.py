@@ -4,7 +4,9 @@ the backward looks like.
 
 from __future__ import annotations
 
+import importlib.util
 import logging
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +18,10 @@ from torch.utils.checkpoint import checkpoint
 import sparseft
 from sparseft.errors import AttachError
 from sparseft.modules.leaf_reduction import LeafReduction
+
+_spec = importlib.util.spec_from_file_location("_fsdp", Path(__file__).parent / "_fsdp.py")
+kit = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(kit)
 
 NNZ = {"a.weight": 12, "b.weight": 30, "c.weight": 5}
 
@@ -367,3 +373,72 @@ def test_dtypes_and_parameters_that_begin_frozen(run_ranks):
             torch.float32,
             torch.float32,
         ]
+
+
+def under_fsdp(rank):
+    """FSDP2's own switches decide for leaves, too; and what they do not say, this does."""
+    model = kit.shard(kit.net())
+    sparse = sparseft.attach(model, kit.masks(kit.net(), 0.1), full_params=["head.*"])
+    reduction = sparse.reduction
+    micro = [kit.own_part(batch, rank, 2) for batch in kit.batches(3)]
+    counts = []
+    model.set_requires_gradient_sync(False)
+    model.set_is_last_backward(False)
+    for batch in micro[:2]:
+        kit.loss_of(model, batch).backward()
+        counts.append(reduction.reductions)
+    model.set_requires_gradient_sync(True)
+    model.set_is_last_backward(True)
+    kit.loss_of(model, micro[2]).backward()
+    counts.append(reduction.reductions)
+    leaves = {name: leaf.grad.clone() for name, leaf in sparse.leaves.items()}
+
+    whole = kit.net()
+    alone = sparseft.attach(whole, kit.masks(kit.net(), 0.1), full_params=["head.*"], group=False)
+    for batch in kit.batches(3):
+        kit.loss_of(whole, batch).backward()
+    wanted = {name: leaf.grad for name, leaf in alone.leaves.items()}
+    # Heads are FSDP2's to reduce: leaves alone are counted.
+    expected = 4 * sparse.nnz + 4 * len(sparse.names)
+    return counts, leaves, wanted, reduction.bytes_reduced == expected, same_on_all(leaves)
+
+
+def test_the_switches_of_fsdp_are_obeyed(run_ranks):
+    for counts, leaves, wanted, counted, same in run_ranks(under_fsdp, 2):
+        assert counts == [0, 0, 1]
+        assert counted
+        assert same
+        for name, grad in wanted.items():
+            torch.testing.assert_close(leaves[name], grad, msg=name)
+
+
+def zero(rank):
+    """Moments of leaves cut over ranks by tensor, those of the sharded head where its rows are."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    found = []
+    for cut in (False, True):
+        model = kit.shard(kit.net())
+        sparse = sparseft.attach(model, kit.masks(kit.net(), 0.1), full_params=["head.*"])
+        heads = torch.optim.AdamW(sparse.full_params.values(), lr=1e-2)
+        kind = torch.optim.AdamW
+        leaves = list(sparse.leaves.values())
+        opt = ZeroRedundancyOptimizer(leaves, kind, lr=1e-2) if cut else kind(leaves, lr=1e-2)
+        before = kit.whole(model)
+        kit.train(model, [opt, heads], 3, rank=rank, world=2)
+        kit.check_weights(sparse, before)
+        inner = opt.optim if cut else opt
+        entries = sum(state["exp_avg"].numel() for state in inner.state.values())
+        found.append((sparse.adapter("x").digest, entries, sparse.nnz))
+    return found
+
+
+@pytest.mark.slow
+def test_zero_redundancy_cuts_the_moments_of_leaves(run_ranks):
+    results = run_ranks(zero, 2)
+    held = 0
+    for (plain, every, nnz), (digest, entries, _) in results:
+        assert plain == digest
+        assert every == nnz
+        held += entries
+    assert held == results[0][0][2], "each moment is on one process"
