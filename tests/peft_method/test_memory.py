@@ -1,4 +1,4 @@
-"""No dense gradient and no copy of the weight in our layers of PEFT; SHiRA's fail the same check."""
+"""No dense gradient, no copy of the weight in our layers of PEFT; SHiRA's fail the same check."""
 
 from __future__ import annotations
 

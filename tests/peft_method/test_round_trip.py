@@ -130,6 +130,7 @@ def test_dtypes_and_what_peft_cannot_hold(tools, tmp_path):
         (Adapter({name: SparseDiff.from_dense(delta, mode="set")}), "mode 'set'"),
         (Adapter({name: SparseDiff.from_dense(delta.double() / 3)}), "float64"),
         (Adapter({"model.norm.weight": SparseDiff.from_dense(delta[5])}), "LlamaRMSNorm"),
+        (Adapter({}, dense={"lm_head.weight": torch.ones(60, 16)}), "no entries to write"),
         (Adapter({"lone": SparseDiff.from_dense(delta[5])}), "neither the weight nor the bias"),
     ):
         with pytest.raises(AdapterFormatError, match=said):

@@ -129,6 +129,10 @@ def write(adapter: Adapter, path: Path, *, base: Base | None, overwrite: bool) -
                 f"{name!r} belongs to a {kind}, and PEFT's layers know Linear, Conv1D, Embedding "
                 "and LayerNorm. Leave it out: --exclude (exclude=[...])."
             )
+    if not entries:
+        raise AdapterFormatError(
+            f"adapter {adapter.name!r} has no entries to write: PEFT makes no adapter of heads alone."
+        )
     config = {
         "peft_type": "SPARSEFT",
         "selection": adapter.metadata.method,
