@@ -131,7 +131,7 @@ def write(adapter: Adapter, path: Path, *, base: Base | None, overwrite: bool) -
             )
     if not entries:
         raise AdapterFormatError(
-            f"adapter {adapter.name!r} has no entries to write: PEFT makes no adapter of heads alone."
+            f"adapter {adapter.name!r} has no entries to write, and PEFT makes none of heads alone."
         )
     config = {
         "peft_type": "SPARSEFT",
