@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sparseft.errors import BaseMismatchError
 from sparseft.modules.leaves import MaskedParameter, leaf_attribute
 from sparseft.modules.names import STATE_KEY
-from sparseft.modules.weight_storage import read_entries, write_entries
+from sparseft.modules.weight_storage import read_entries
 from sparseft.ops._rounding import rounds_either_way
 
 __all__ = ["rounded_entries", "rounded_key", "rounded_keys", "rounded_tensors", "write_rounded_"]
@@ -51,7 +51,7 @@ def write_rounded_(masked: MaskedParameter, entries: Tensor | None) -> None:
             f"the checkpoint's rounded entries of {masked.name!r} are not this base plus its diff. "
             "Load the base model that the run began with, and attach its masks, before loading."
         )
-    write_entries(masked.weight, masked.indices, found, backend=masked.backend)
+    masked.write_entries_(found)
 
 
 def _owned(model: nn.Module) -> Iterator[tuple[str, MaskedParameter]]:

@@ -113,6 +113,7 @@ def trains(rank, folder):
     return found, str(error.value)
 
 
+@pytest.mark.slow
 def test_prepare_then_attach_trains_as_a_loop_by_hand(run_ranks, tmp_path):
     (first, said), (second, _) = run_ranks(trains, 2, str(tmp_path))
     (_, by_hand), *accelerated = first

@@ -122,7 +122,7 @@ CASES = {
     "moving": {"optimizer": "adamw", "compact": True, "moving": True},
     "moving-whole": {"optimizer": "bits", "moving": True},
 }
-QUICK = ("adamw", "compact", "moving")
+QUICK = ("moving",)
 
 
 def lanes(names):

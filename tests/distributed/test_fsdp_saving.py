@@ -91,7 +91,11 @@ def one_process(folder, dtype):
     return sparse.adapter("one", base_name="net"), entries(sparse.model)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)],
+    ids=["fp32", "bf16"],
+)
 def test_adapters_cross_numbers_of_processes(run_ranks, tmp_path, dtype):
     single, weights = one_process(tmp_path, dtype)
     base = entries(kit.net(dtype))

@@ -167,7 +167,8 @@ def sums(rank, world):
     return found
 
 
-@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 4])
 def test_sums_of_sharded_weights_are_their_dense_gradients(run_ranks, world):
     for sharded, whole, dense in run_ranks(sums, world, world):
         assert sharded.pop("unreached") == whole.pop("unreached") == []
