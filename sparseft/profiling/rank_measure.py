@@ -33,7 +33,7 @@ __all__ = ["MOST_RANKS", "Buckets", "communicated", "measure_rank", "measure_ran
 
 # Of one machine's CPU: each is an interpreter with torch, some 400 MB, whose turn must come.
 MOST_RANKS = 8
-_RECORDS = 4
+_RECORDS = 3
 _SIZES = {"float": 4, "double": 8, "c10::BFloat16": 2, "c10::Half": 2, "int": 4, "long int": 8}
 _SIZES |= {"unsigned char": 1, "signed char": 1, "bool": 1, "char": 1}
 
