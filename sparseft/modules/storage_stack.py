@@ -62,7 +62,7 @@ class _Stacks:
         # Whoever keeps the parameter, see `push`: while that lives, so does the parameter.
         return None if alive is None or isinstance(alive, Tensor) else entry[1]
 
-    def made(self, parameter: Tensor, keeper: object | None) -> list[Holder]:
+    def made(self, parameter: Tensor, keeper: object | None = None) -> list[Holder]:
         """Return the stack of a parameter, a new one if it has none."""
         stack = self.get(parameter)
         if stack is None:
