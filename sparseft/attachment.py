@@ -74,7 +74,8 @@ def attach(
 
     Each masked weight W keeps its place and its forward; its module gets one leaf ``diff_{attr}``
     (nnz numbers) and ``W[indices] = rn(base + leaf)`` after every optimizer step. Everything else
-    is frozen, except ``full_params``.
+    is frozen, except ``full_params``. A weight quantised by bitsandbytes or torchao is left as it
+    is: its layer gives ``W(x) + x @ S.T``, S the diff in the leaf.
 
     Args:
         model: any module, on any device; may be wrapped.
@@ -105,6 +106,7 @@ def attach(
 
     Numerics: forward and input gradients are the stock ones. A leaf's gradient is summed in fp32
     (fp64 for fp64 operands) at the mask. Weight decay acts on the leaf: it pulls W to its base.
+    Beside a quantised weight product and sum are in fp32, rounded once to the layer's output dtype.
 
     Example:
         >>> import torch
@@ -355,7 +357,8 @@ class Attachment(Trained, MergedExport):
 
         Raises:
             StackOrderError: something was applied, or attached to this model, since.
-            AttachError: the class of a masked module was extended since (a parametrization).
+            AttachError: the class of a masked module was extended since (a parametrization);
+                ``restore=False`` with masks beside quantised weights, which names the ways out.
         """
         if not self._active:
             return self.model
