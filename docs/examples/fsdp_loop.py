@@ -22,7 +22,6 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader
 
 import sparseft
-from sparseft.training import clip_grad_norm_
 
 parser = arguments(__doc__)
 parser.add_argument("--batch-size", type=int, default=8, help="rows of a step, over all processes")
@@ -61,7 +60,8 @@ def main() -> None:
     sparse = sparseft.attach(
         model, masks, full_params=["classifier.*"], compact_state_dict=True
     )  # compact: checkpoints without the base
-    optimizer = torch.optim.AdamW(sparse.parameters(), lr=args.lr)  # or sparseft.SparseAdamW
+    # A group of leaves and one of shards, which torch's fast paths want apart.
+    optimizer = torch.optim.AdamW(sparse.param_groups(), lr=args.lr)  # or sparseft.SparseAdamW
 
     per_epoch = len(parts(train, collate, 0))
     total = args.epochs * per_epoch
@@ -106,7 +106,7 @@ def main() -> None:
             torch.manual_seed(step * world + rank)  # dropout: of its own on each rank
             loss = model(**batch.to(device)).loss
             loss.backward()  # leaves end with the mean over the ranks
-            clip_grad_norm_(sparse.parameters(), 1.0)  # torch's takes no mix of leaves and shards
+            sparse.clip_grad_norm_(1.0)  # torch's takes no mix of leaves and shards
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()

@@ -8,7 +8,6 @@ Here: when to train what, and going on after an interruption. Not here: what a m
 from __future__ import annotations
 
 from sparseft.training.callback import SparseCallback
-from sparseft.training.clipping import clip_grad_norm_
 from sparseft.training.loop import LoopResult, LoopTrainer
 from sparseft.training.lottery import LotteryTicketResult, dense_phase, lottery_ticket
 from sparseft.training.meter import Reading, TrainingMeter
@@ -28,7 +27,6 @@ __all__ = [
     "Reselection",
     "SparseCallback",
     "TrainingMeter",
-    "clip_grad_norm_",
     "dense_phase",
     "load_target",
     "lottery_ticket",
