@@ -101,6 +101,8 @@ class Trained:
 
         Returns:
             The norm before, the same on every process.
+
+        Numerics: without those torch's function, bit for bit.
         """
         kinds = [group["params"] for group in self.param_groups()]
         norms = []
@@ -110,7 +112,9 @@ class Trained:
                 norms.append(full_value(torch.nn.utils.get_total_norm(grads, norm_type)))
         if not norms:
             return torch.zeros(())
-        total = torch.linalg.vector_norm(torch.stack([n.to(norms[0]) for n in norms]), norm_type)
+        total = norms[0]
+        if len(norms) > 1:
+            total = torch.linalg.vector_norm(torch.stack([n.to(total) for n in norms]), norm_type)
         for kind in kinds:
             torch.nn.utils.clip_grads_with_norm_(kind, max_norm, total)
         return total

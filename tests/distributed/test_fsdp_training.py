@@ -275,8 +275,11 @@ def sharded_itself(rank):
 def heads(rank):
     """A head that fully_shard has cut, and one left whole; clipping, loss scaling."""
     alone, wanted = one_backward(kit.net(torch.float64), 0, 1, group=False)
+    other = one_backward(kit.net(torch.float64), 0, 1, group=False)[0]
     norm = torch.nn.utils.clip_grad_norm_(alone.parameters(), 0.01)
     clipped = gradients(alone)
+    assert torch.equal(other.clip_grad_norm_(0.01), norm)
+    compare(gradients(other), clipped, near=0)
     for whole_head in (False, True):
         model = kit.net(torch.float64)
         ignored = set(model.head.parameters()) if whole_head else set()
