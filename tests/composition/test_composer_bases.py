@@ -107,8 +107,10 @@ class TestOtherModels:
         import sparseft.composition.fit as module
 
         read = []
-        real = module.fingerprint_tensor
-        monkeypatch.setattr(module, "fingerprint_tensor", lambda n, t: read.append(n) or real(n, t))
+        real = module.fingerprint_base
+        monkeypatch.setattr(
+            module, "fingerprint_base", lambda i, n, own: read.append(own) or real(i, n, own)
+        )
         composer.apply("sw")
         composer.switch("qu")
         composer.switch(["qu", "nli"])
