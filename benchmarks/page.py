@@ -19,7 +19,7 @@ that is not there.
     best FILE [CASES]                          ours beside the fastest of the others
     targets, steps, sweep, profile FILE        other tables
     precisions FILE                            the same, of `run.py amp`
-    ranks, paper FILE                          the same, of `run.py ranks`: measured, predicted
+    ranks FILE, paper FILE [FILE...]           the same, of `run.py ranks`: measured, predicted
     plot FILE KIND                             picture beside the file: speedup, density, roofline,
                                                scaling, memory, losses
     source FILE                                commit, machine, versions

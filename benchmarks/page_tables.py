@@ -228,11 +228,12 @@ def ranks(files: Files, file: str) -> str:
     return measured_table(files.document(file)["measured"])
 
 
-def paper(files: Files, file: str) -> str:
-    """Large models on several ranks, predicted, of `run.py ranks`."""
+def paper(files: Files, *names: str) -> str:
+    """Large models on several ranks, predicted, of `run.py ranks`; of files that are there."""
     from run_ranks import paper_table
 
-    return paper_table(files.document(file)["paper"])
+    there = [name for name in names if files.exists(name)]
+    return paper_table([found for name in there for found in files.document(name)["paper"]])
 
 
 def sweep(files: Files, file: str, *labels: str) -> str:

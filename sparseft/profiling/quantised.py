@@ -5,11 +5,12 @@ the workload's dtype, as bitsandbytes leaves them. A mask on a quantised weight 
 separate mode, ``y = W4(x) + x @ S.T``; one on an unquantised weight is attached in place.
 
 Bytes follow bitsandbytes: 4 bits are NF4 with an fp32 absolute maximum per block of 64, 0.5 + 4/64
-bytes a weight (double quantisation, off by default there, would bring the second term from 0.5 to
-8/64 + 32/(64 * 256) = 0.127 bits: Dettmers et al. 2023, arXiv 2305.14314, section 3); 8 bits are
-LLM.int8 with an fp32 scale per row (Dettmers et al. 2022, arXiv 2208.07339). A 4-bit weight is
-decoded whole for the product, in the forward pass and again in the backward pass; an 8-bit one is
-multiplied as it is, with its input in int8 and its sums in int32, and decoded in the backward pass.
+bytes a weight and a table of 16 values a layer (double quantisation, off by default there, would
+bring the second term from 0.5 to 8/64 + 32/(64 * 256) = 0.127 bits: Dettmers et al. 2023, arXiv
+2305.14314, section 3); 8 bits are LLM.int8 with an fp32 scale per row (Dettmers et al. 2022, arXiv
+2208.07339). A 4-bit weight is decoded whole for the product, in the forward pass and again in the
+backward pass; an 8-bit one is multiplied as it is, with its input in int8 and its sums in int32,
+and decoded in the backward pass.
 """
 
 from __future__ import annotations
@@ -92,6 +93,8 @@ class QuantisedLinear(nn.Module):
         codes = torch.empty(size, dtype=torch.uint8, device=device)
         self.codes = nn.Parameter(codes, requires_grad=False)
         self.register_buffer("scales", torch.empty(blocks, device=device))
+        if bits == 4:  # the sixteen values that codes stand for, each layer's own
+            self.register_buffer("table", torch.empty(16, device=device))
         self.bias = layer.bias
         self.indices: Tensor | None = None
 

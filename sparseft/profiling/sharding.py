@@ -110,8 +110,8 @@ def ddp_communication(built: Built) -> Communication:
     reduced = ddp_buckets(built)
     if not reduced:
         return Communication()
-    # Codes and scales stand for what is a parameter and its state in bitsandbytes.
-    sent = [b for n, b in built.model.named_buffers() if not n.endswith((".codes", ".scales"))]
+    # Of quantised layers, what is no buffer in bitsandbytes but a state beside the weight.
+    sent = [b for n, b in built.model.named_buffers() if not n.endswith((".scales", ".table"))]
     return Communication(all_reduced=reduced, broadcast=_bytes(sent))
 
 
