@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from sparseft.errors import CompositionError
 from sparseft.modules.deltas import Applied, Group, Pass
+from sparseft.modules.dequantise import is_opaque
 from sparseft.modules.fused import FusedEmbedding, FusedLinear
 from sparseft.modules.names import ParameterIndex, canonical_name
 from sparseft.ops import RowGroups
@@ -24,15 +25,6 @@ from sparseft.ops.spmm import segment_spmm
 from sparseft.ops.spmm_embedding import embedding_diff_at
 
 __all__ = ["SeparateIndex", "Site", "is_opaque", "shape_of", "why_not_separate"]
-
-
-def is_opaque(weight: Tensor) -> bool:
-    """Whether a weight's entries cannot be read as they are: quantised, packed, or a subclass.
-
-    Floating types of one byte go with scales, and torch has no arithmetic for them.
-    """
-    plain = weight.is_floating_point() and weight.dtype.itemsize > 1
-    return not plain or type(weight) not in (Tensor, nn.Parameter)
 
 
 def _is_linear_like(module: nn.Module) -> bool:
