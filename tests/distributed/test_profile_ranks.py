@@ -80,7 +80,7 @@ def test_every_way(run_ranks, one_thread, ranks, how, tmp_path):
 
 
 def counts(rank, work, way):
-    """By way to share: what torch's marks say of a step, and the reducers themselves of the next."""
+    """By way to share: what torch's marks say of a step, and the reducers of the next."""
     return [count(work, way, how) for how in ("ddp", "fsdp")]
 
 
