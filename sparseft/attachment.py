@@ -28,6 +28,7 @@ from sparseft.modules.compact import (
     stop_compact_state_dict,
 )
 from sparseft.modules.ddp_guard import guard_wrapping, refuse_wrapped
+from sparseft.modules.dequantise import keep_all_trainable
 from sparseft.modules.fingerprint import verify_fingerprint
 from sparseft.modules.full_params import FullParameter
 from sparseft.modules.input_grads import (
@@ -208,6 +209,7 @@ class Attachment(Trained, MergedExport):
         self.reduction: LeafReduction | None = None
         model.__dict__.setdefault(ATTACHMENTS, []).append(self)
         try:
+            self._at_detach += keep_all_trainable(model)
             for name, pattern in patterns.items():
                 masked = make_masked(
                     index, name, pattern,

@@ -23,7 +23,6 @@ from sparseft.modules._gradient_sums import TensorSums
 from sparseft.modules._gradient_tiles import DenseGradient, EmbeddingGradient, LinearGradient
 from sparseft.modules.class_swap import masked_attributes
 from sparseft.modules.dense_view import DenseView
-from sparseft.modules.dequantise import keep_trainable, let_repack
 from sparseft.modules.experts import StackedWeight
 from sparseft.modules.fused import FusedEmbedding, FusedLinear, fused_class
 from sparseft.modules.leaves import MaskedParameter, masked_by_weight
@@ -335,8 +334,6 @@ def _watch_quantised(module: nn.Module, sums: TensorSums, undo: ExitStack) -> No
         sums.used()
         return cast(Tensor, _Watch.apply(output, _autocast_input(x), take, anchor))
 
-    if keep_trainable(module):
-        undo.callback(let_repack, module)
     undo.callback(module.register_forward_hook(watch, with_kwargs=True).remove)
 
 

@@ -10,6 +10,8 @@ come from the quantisation state, or from the layer.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ __all__ = [
     "drop_scales",
     "is_opaque",
     "is_quantised",
+    "keep_all_trainable",
     "keep_trainable",
     "let_repack",
     "logical_shape",
@@ -42,7 +45,7 @@ def is_opaque(weight: Tensor) -> bool:
     return not plain or type(weight) not in (Tensor, nn.Parameter)
 
 
-def _kind(weight: Tensor) -> str | None:
+def _kind(weight: Tensor | None) -> str | None:
     """Return which of the known classes a weight is of: "bnb4", "bnb8", "torchao" or None."""
     for cls in type(weight).__mro__:
         library = cls.__module__.partition(".")[0]
@@ -283,6 +286,20 @@ def keep_trainable(module: nn.Module, attr: str = "weight") -> bool:
         module.__dict__[_REPACKS_LATER] = repacks
         setattr(module, _REPACKS, False)
     return bool(repacks)
+
+
+def keep_all_trainable(model: nn.Module) -> list[Callable[[], None]]:
+    """Call `keep_trainable` on every layer of a model.
+
+    Backward has to pass layers that are not trained, too: through a repacked one comes a gradient
+    of zeros, and only a warning of torch's.
+
+    Returns:
+        What undoes it, for each layer that was changed; copied together with the model, they act on
+        the copy.
+    """
+    layers = [m for m in model.modules() if _kind(m._parameters.get("weight")) == "bnb4"]
+    return [partial(let_repack, layer) for layer in layers if keep_trainable(layer)]
 
 
 def let_repack(module: nn.Module) -> None:

@@ -22,6 +22,7 @@ from sparseft.modules._gradient_sums import Rule, TensorSums
 from sparseft.modules._gradient_taps import put_taps
 from sparseft.modules._gradient_tiles import Scratch
 from sparseft.modules.dense_view import DenseView, readable
+from sparseft.modules.dequantise import keep_all_trainable
 from sparseft.modules.names import ParameterIndex
 from sparseft.modules.weight_storage import is_sharded
 
@@ -171,6 +172,8 @@ class GradientScores:
         with ExitStack() as undo:
             if any(_is_compiled(module) for module in self._model.modules()):
                 undo.enter_context(torch.compiler.set_stance("force_eager"))
+            for let_repack in keep_all_trainable(self._model):
+                undo.callback(let_repack)
             tapped = [one for one in self._sums if one.weight.numel()]
             put_taps(self._index, tapped, undo)
             self._undo = undo.pop_all()

@@ -145,7 +145,6 @@ class SeparateParameter(MaskedParameter):
         self.leaf = nn.Parameter(torch.zeros(pattern.nnz, device=pattern.device))
         self.holder = Holder(f"attach({name!r})", None, torch.empty(0))
         for owner, _ in self.owners:
-            dense.keep_trainable(owner)
             owner.register_forward_hook(_add_diff, prepend=True, with_kwargs=True)
         self.register()
 
@@ -209,7 +208,6 @@ class SeparateParameter(MaskedParameter):
                 if hook is _add_diff:
                     del module._forward_hooks[number]
                     module._forward_hooks_with_kwargs.pop(number, None)
-            dense.let_repack(module)
         self.unregister()
 
     def digest_tensor(self) -> Tensor:

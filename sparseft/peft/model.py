@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -14,6 +14,7 @@ from torch import nn
 
 from sparseft._text import did_you_mean
 from sparseft.errors import CompositionError, OptionError, UnknownNameError
+from sparseft.modules.dequantise import keep_all_trainable
 from sparseft.peft._shim import PREFIX
 from sparseft.peft.config import SparseFtConfig
 from sparseft.peft.extraction import adapter_of, heads_of
@@ -41,6 +42,7 @@ class SparseFtModel(BaseTuner):
     target_module_mapping: dict[str, Any] = {}
 
     _planned: Plan = {}
+    _undo_repacking: tuple[Callable[[], None], ...] = ()
 
     # Making layers.
 
@@ -73,6 +75,8 @@ class SparseFtModel(BaseTuner):
         finally:
             self._planned = {}
         config = self.peft_config[adapter_name]
+        if not config.inference_mode:
+            self._undo_repacking += tuple(keep_all_trainable(model))
         if config.adapter is not None:
             _fill_heads(model, adapter_name, config.adapter)
 
@@ -113,6 +117,9 @@ class SparseFtModel(BaseTuner):
         for layer in self._layers():
             if layer.merged:
                 layer.unmerge()
+        for let_repack in self._undo_repacking:
+            let_repack()
+        self._undo_repacking = ()
         return super().unload()
 
     # Several adapters.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import sparseft
+from sparseft.modules import GradientScores
 from sparseft.modules.dequantise import dequantise, stored_tensors
 
 _spec = importlib.util.spec_from_file_location(
@@ -124,6 +126,45 @@ def test_evaluating_before_attach_or_between_steps_leaves_it_trainable(scheme):
     sparse.detach()
     with torch.no_grad():
         model(X)
+
+
+@pytest.mark.parametrize("by", ["attach", "scores"])
+def test_evaluating_leaves_layers_without_a_mask_passable(by):
+    model = q.net("bnb.nf4")
+    model[2].support_avx512bf16_for_cpu |= by == "scores"  # whatever this CPU is
+    repacks = [model[i].support_avx512bf16_for_cpu for i in (0, 2)]
+    if by == "attach":
+        block = sparseft.attach(model, {"0.weight": q.draw_masks(model)["0.weight"]})
+    else:
+        block = GradientScores(model, ["0.weight"])
+    found = []
+    with block:
+        assert not model[0].support_avx512bf16_for_cpu
+        assert not model[2].support_avx512bf16_for_cpu
+        for _ in range(2):  # through a layer repacked for inference came zeros
+            model.train()(X).square().sum().backward()
+            found += grads(block) if by == "attach" else []
+            with torch.no_grad():
+                model.eval()(X)
+    assert [model[i].support_avx512bf16_for_cpu for i in (0, 2)] == repacks
+    assert by == "scores" or (found[0].any() and torch.equal(*found))
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_two_attachments_keep_each_others_layers_from_repacking(first):
+    model = q.net("bnb.nf4")
+    for i in (0, 2):
+        model[i].support_avx512bf16_for_cpu = True
+    names = ["0.weight", "2.weight"][:: -1 if first else 1]
+    one, two = (sparseft.attach(model, {n: q.draw_masks(model)[n]}) for n in names)
+    two.detach()
+    assert not any(model[i].support_avx512bf16_for_cpu for i in (0, 2))
+    other = copy.deepcopy(model)
+    one.detach()
+    assert all(model[i].support_avx512bf16_for_cpu for i in (0, 2))
+    assert not any(other[i].support_avx512bf16_for_cpu for i in (0, 2))
+    sparseft.attachments_of(other)[-1].detach()
+    assert all(other[i].support_avx512bf16_for_cpu for i in (0, 2))
 
 
 @schemes

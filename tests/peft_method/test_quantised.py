@@ -81,6 +81,25 @@ def test_trained_beside_saved_and_loaded(net, tools, tmp_path, selection):
         assert torch.equal(loaded(X), before)
 
 
+def test_evaluation_between_steps_leaves_it_trainable():
+    made = nf4(Net().requires_grad_(False))
+    for layer in (made.first, made.second):
+        layer.support_avx512bf16_for_cpu |= layer is made.first  # whatever this CPU is
+    before = [layer.support_avx512bf16_for_cpu for layer in (made.first, made.second)]
+    model = peft.get_peft_model(made, SparseFtConfig(target_modules=["first"], nnz=50))
+    (values,) = (p for p in model.parameters() if p.requires_grad)
+    found = []
+    for _ in range(2):
+        values.grad = None
+        model.train()(X).square().sum().backward()
+        found.append(values.grad)
+        with torch.no_grad():  # bitsandbytes repacks layers here, and has no backward then
+            model.eval()(X)
+    assert found[0].any() and torch.equal(*found)
+    base = model.unload()
+    assert [layer.support_avx512bf16_for_cpu for layer in (base.first, base.second)] == before
+
+
 def test_nothing_is_merged_into_quantised_storage_and_nothing_changes(net, tools):
     model = peft.get_peft_model(net, SparseFtConfig(target_modules=["first", "second"], nnz=99))
     tools.scramble(model)
