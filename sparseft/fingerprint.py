@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -24,6 +24,7 @@ __all__ = [
     "Verdict",
     "compare",
     "fingerprint_tensor",
+    "same_samples",
     "sample_positions",
 ]
 
@@ -119,6 +120,18 @@ def _same_up_to_cast(x: float, y: float, a_dtype: str, b_dtype: str) -> bool:
         limit = ma if math.isinf(x) else mb
         return sign and not math.isinf(finite) and abs(finite) > limit * (1 - max(ua, ub))
     return abs(x - y) <= (ua + ub) * max(abs(x), abs(y)) + sa + sb
+
+
+def same_samples(a: Sequence[float], a_dtype: str, b: Sequence[float], b_dtype: str) -> bool:
+    """Say whether samples of two plain tensors, at the same places, may be of the same base.
+
+    Equal values of one dtype, or values of two that a cast may have rounded.
+    """
+    if len(a) != len(b):
+        return False
+    if a_dtype == b_dtype:
+        return all(x == y or (math.isnan(x) and math.isnan(y)) for x, y in zip(a, b, strict=True))
+    return all(_same_up_to_cast(x, y, a_dtype, b_dtype) for x, y in zip(a, b, strict=True))
 
 
 def compare(a: TensorFingerprint, b: TensorFingerprint) -> Verdict:

@@ -13,6 +13,7 @@ from peft import PeftConfig
 from sparseft._text import did_you_mean
 from sparseft.errors import OptionError
 from sparseft.peft import _shim
+from sparseft.peft.base_samples import check_samples
 
 __all__ = ["SparseFtConfig"]
 
@@ -49,6 +50,9 @@ class SparseFtConfig(PeftConfig):
             adapter starts from. Not saved.
         entries: parameter name -> ``{"nnz": ..., "shape": [...]}``, filled in when the adapter is
             made: what an adapter is laid out from when it is loaded.
+        base_samples: parameter name -> ``{"dtype": ..., "samples": [...]}``, filled in likewise: 16
+            values of each target's base (quantised ones aside). Loading compares them; None: it
+            does not.
 
     Raises:
         OptionError: a number out of range, or arguments that exclude each other.
@@ -89,6 +93,9 @@ class SparseFtConfig(PeftConfig):
     biases: bool = field(default=False, metadata={"help": "Whether biases are candidates, too."})
     entries: dict[str, dict[str, Any]] | None = field(
         default=None, metadata={"help": "Number of entries and shape by parameter; filled in."}
+    )
+    base_samples: dict[str, dict[str, Any]] | None = field(
+        default=None, metadata={"help": "Samples of the base by parameter; filled in."}
     )
     masks: Any = field(default=None, repr=False, compare=False, metadata={"help": "Ready masks."})
     adapter: Any = field(
@@ -169,6 +176,8 @@ class SparseFtConfig(PeftConfig):
             ) from None
         if self.entries is not None:
             _check_entries(self.entries)
+        if self.base_samples is not None:
+            check_samples(self.base_samples)
 
     @classmethod
     def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:

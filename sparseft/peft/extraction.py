@@ -60,13 +60,7 @@ def adapter_of(
         >>> adapter_of(model).nnz
         6
     """
-    configs: dict[str, Any] = getattr(model, "peft_config", {})
-    if adapter_name not in configs:
-        raise UnknownNameError(
-            f"the model has no adapter {adapter_name!r}.{did_you_mean(adapter_name, configs)} "
-            f"There are: {', '.join(configs) or 'none'}."
-        )
-    config = configs[adapter_name]
+    config = _check_known(model, adapter_name)
     diffs, prints = {}, {}
     for key, module in model.named_modules():
         if not isinstance(module, SparseFtLayer):
@@ -89,6 +83,17 @@ def adapter_of(
         seed=config.seed,
     )
     return Adapter(diffs, name=name or adapter_name, dense=heads, metadata=metadata)
+
+
+def _check_known(model: nn.Module, adapter_name: str) -> Any:
+    """Return an adapter's configuration; raise UnknownNameError where there is none."""
+    configs: dict[str, Any] = getattr(model, "peft_config", {})
+    if adapter_name not in configs:
+        raise UnknownNameError(
+            f"the model has no adapter {adapter_name!r}.{did_you_mean(adapter_name, configs)} "
+            f"There are: {', '.join(configs) or 'none'}."
+        )
+    return configs[adapter_name]
 
 
 def _copied(diff: Any) -> Any:
@@ -118,14 +123,17 @@ def merged_state_dict(
         dtype: of floating tensors.
 
     Raises:
+        UnknownNameError: no such adapter.
         CompositionError: adapters are merged, in a layer that is named.
         AttachError: a weight whose dense value is not known.
 
-    Numerics: the sum in fp32 and one rounding.
+    Numerics: the sum in fp32 (fp64 for fp64 weights) and one rounding.
     """
     state: dict[str, Tensor] = {}
     active: Any = model.active_adapters
     names = list(active if adapter_names is None else adapter_names)
+    for name in names:
+        _check_known(model, name)
     for key, module in model.named_modules():
         inside = key.split(".")
         if any(part in _OWN for part in inside):
@@ -139,11 +147,14 @@ def merged_state_dict(
                 raise CompositionError(
                     f"{key!r} has merged adapters; call unmerge_adapter() first."
                 )
+            module.check_filled(names)
             for attr in ("weight", "bias"):
                 indices, total = module.summed(names, attr)
                 if indices is not None:
                     own = parameter_name(f"{key}.{attr}")
-                    wide = state[own].to(torch.float32, copy=True)
+                    base = state[own]
+                    sums = torch.promote_types(base.dtype, torch.float32)
+                    wide = base.to(sums, copy=True, memory_format=torch.contiguous_format)
                     wide.view(-1).index_add_(0, indices, total().detach().to(wide))
                     state[own] = wide
     for name in names:

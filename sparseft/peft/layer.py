@@ -83,7 +83,7 @@ class SparseFtLayer(Merging, nn.Module, BaseTunerLayer):
         """Return one adapter's diff of the weight or bias, None if it has none; not a copy."""
         if adapter_name not in self.indices_of(attr):
             return None
-        self._check_filled([adapter_name])
+        self.check_filled([adapter_name])
         pattern = SparsePattern._trusted(
             self.indices_of(attr)[adapter_name], torch.Size(self.shape(attr))
         )
@@ -241,7 +241,7 @@ class SparseFtLayer(Merging, nn.Module, BaseTunerLayer):
         """Return what adds the sum of some adapters to a whole batch, None for nothing."""
         site = self.site  # before the cache is asked: a new base layer empties it
         if names not in self._applied:
-            self._check_filled(names)
+            self.check_filled(names)
             blend = self._blend(names, site)
             self._applied[names] = Applied([blend]) if blend else None
         return self._applied[names]
@@ -255,7 +255,7 @@ class SparseFtLayer(Merging, nn.Module, BaseTunerLayer):
         site, key = self.site, (BASE, *names)
         if key not in self._applied:
             distinct = sorted(set(names))
-            self._check_filled(distinct)
+            self.check_filled(distinct)
             blends = [{} if name == BASE else self._blend([name], site) for name in distinct]
             row_of = [distinct.index(name) for name in names]
             if len(self._applied) > 64:  # every new order of rows makes another
@@ -299,7 +299,7 @@ class SparseFtLayer(Merging, nn.Module, BaseTunerLayer):
 
         return union, total
 
-    def _check_filled(self, names: Sequence[str]) -> None:
+    def check_filled(self, names: Sequence[str]) -> None:
         """Refuse to run what was laid out and not loaded, and check what came past our own loading.
 
         transformers puts tensors of a file into the model one by one, without load_state_dict.

@@ -46,7 +46,7 @@ class Merging:
         def summed(
             self, names: Sequence[str], attr: str
         ) -> tuple[Tensor | None, Callable[[], Tensor]]: ...
-        def _check_filled(self, names: Sequence[str]) -> None: ...
+        def check_filled(self, names: Sequence[str]) -> None: ...
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Write adapters into the weight: ``rn(base + sum of all merged)``, in order of names.
@@ -65,7 +65,7 @@ class Merging:
         why = self.why_not_mergeable()
         if why is not None:
             raise CompositionError(why)
-        self._check_filled(names)
+        self.check_filled(names)
         before = list(self.merged_adapters)
         self._restore()
         try:

@@ -23,6 +23,7 @@ from sparseft.modules import ParameterIndex
 from sparseft.modules.dequantise import dequantise
 from sparseft.modules.names import STATE_KEY, canonical_name
 from sparseft.modules.separate import is_opaque, shape_of, why_not_separate
+from sparseft.peft.base_samples import check_base, samples_of
 from sparseft.peft.config import SparseFtConfig
 from sparseft.peft.layer import SparseFtLayer
 
@@ -55,7 +56,7 @@ def plan_layers(config: SparseFtConfig, model: nn.Module) -> Plan:
         AttachError: a layer that cannot have a diff of its own: tied, of an unknown kind, or
             another method's.
         MaskError, OptionError, UnknownNameError: masks or a selection that do not fit.
-        BaseMismatchError: entries of another model.
+        BaseMismatchError: entries of another model, or samples of another base.
     """
     layers = _layers(model)
     masked = next((key for key, module in layers.items() if STATE_KEY in vars(module)), None)
@@ -64,10 +65,9 @@ def plan_layers(config: SparseFtConfig, model: nn.Module) -> Plan:
             f"{masked!r} has masks of sparseft.attach, whose values PEFT would freeze without a "
             "word. Detach them first: sparse.detach(restore=False) keeps what was trained."
         )
-    if config.entries is not None and not config._chosen_here:
-        parts = {
-            name: Part(tuple(fact["shape"]), fact["nnz"]) for name, fact in config.entries.items()
-        }
+    entries = None if config._chosen_here else config.entries
+    if entries is not None:
+        parts = {name: Part(tuple(fact["shape"]), fact["nnz"]) for name, fact in entries.items()}
     elif config.adapter is not None:
         parts = _of_adapter(config, layers)
         config.selection = config.adapter.metadata.method
@@ -84,6 +84,10 @@ def plan_layers(config: SparseFtConfig, model: nn.Module) -> Plan:
         _check_not_saved(name, config)
         module, _, attr = name.rpartition(".")
         plan.setdefault(module, {})[attr] = part
+    if entries is None:
+        config.base_samples = samples_of(layers, parts)
+    elif config.base_samples is not None:
+        check_base(config.base_samples, layers, parts)
     config.entries = {
         name: {"nnz": part.nnz, "shape": list(part.shape)} for name, part in sorted(parts.items())
     }

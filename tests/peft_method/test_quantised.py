@@ -8,7 +8,7 @@ from torch import nn
 
 peft = pytest.importorskip("peft", reason="PEFT is not installed: pip install 'peft>=0.18,<0.22'")
 
-from sparseft.errors import CompositionError  # noqa: E402
+from sparseft.errors import CompositionError, UnknownNameError  # noqa: E402
 from sparseft.modules.dequantise import dequantise  # noqa: E402
 from sparseft.peft import SparseFtConfig, adapter_of, merged_state_dict  # noqa: E402
 
@@ -95,7 +95,8 @@ def test_evaluation_between_steps_leaves_it_trainable():
         found.append(values.grad)
         with torch.no_grad():  # bitsandbytes repacks layers here, and has no backward then
             model.eval()(X)
-    assert found[0].any() and torch.equal(*found)
+    assert found[0].any()
+    assert torch.equal(*found)
     base = model.unload()
     assert [layer.support_avx512bf16_for_cpu for layer in (base.first, base.second)] == before
 
@@ -124,6 +125,27 @@ def test_merged_into_a_dense_copy(net, tools):
     # The library's own product with the quantised weight rounds; the sum is the same function.
     torch.testing.assert_close(plain(X), model(X).float(), rtol=0.05, atol=0.05)
     assert merged_state_dict(model)["second.weight"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", ["float64", "transposed"])
+def test_dense_copies_of_odd_weights(kind, tools):
+    made = Net()
+    if kind == "float64":
+        made.double().first.weight.data.add_(1e-11)  # no fp32 value has these bits
+    else:
+        made.first.weight.data = made.first.weight.data.t().contiguous().t()
+    dtype = made.first.weight.dtype
+    model = peft.get_peft_model(made, SparseFtConfig(target_modules=["first"], nnz=99))
+    tools.scramble(model)
+    state = merged_state_dict(model, dtype=dtype)
+    for name, tensor in model.merge_and_unload().state_dict().items():
+        assert torch.equal(state[name], tensor), name
+
+
+def test_a_dense_copy_of_an_unknown_adapter_is_refused():
+    model = peft.get_peft_model(Net(), SparseFtConfig(target_modules=["first"], nnz=99))
+    with pytest.raises(UnknownNameError, match=r"no adapter 'defalt'. Did you mean 'default'\?"):
+        merged_state_dict(model, ["defalt"])
 
 
 def test_a_dense_model_merged_that_way_is_merge_and_unload(tools):

@@ -12,10 +12,14 @@ No peft is needed to read or write it. Per module (Linear, Conv1D, Embedding or 
 
 ``entries`` in the configuration is parameter -> ``{"nnz": ..., "shape": [...]}``: what PEFT lays
 the layers out from before it reads the tensors, and why no base is needed to read a folder.
+``base_samples``, if there, is parameter -> ``{"dtype": ..., "samples": [...]}``: 16 base values
+(`sparseft.fingerprint.sample_positions`), which PEFT's loading compares.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +103,17 @@ def _shape(
     return checked_shape(fact.get("shape"), f"{found.file}: entries of {name!r}")
 
 
+def _samples(adapter: Adapter, names: Iterable[str]) -> dict[str, Any] | None:
+    """Return what PEFT's loading recognises the base by, None where the adapter does not know."""
+    known = adapter.metadata.fingerprint
+    prints = {} if known is None else {n: known.tensors[n] for n in names if n in known.tensors}
+    return {
+        name: {"dtype": one.dtype, "samples": list(one.samples)}
+        for name, one in prints.items()
+        if not one.step and all(map(math.isfinite, one.samples))
+    } or None
+
+
 def write(adapter: Adapter, path: Path, *, base: Base | None, overwrite: bool) -> Written:
     """Write a folder that ``PeftModel.from_pretrained`` loads once `sparseft.peft` is imported.
 
@@ -139,5 +154,6 @@ def write(adapter: Adapter, path: Path, *, base: Base | None, overwrite: bool) -
         "density": adapter.metadata.density,
         "seed": adapter.metadata.seed or 0,
         "entries": entries,
+        "base_samples": _samples(adapter, entries),
     }
     return write_folder(adapter, path, tensors, config, base=base, overwrite=overwrite)
