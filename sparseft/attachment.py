@@ -14,7 +14,7 @@ from sparseft.adapter import Adapter
 from sparseft.diff import MaskLike, SparsePattern
 from sparseft.errors import AttachError, StackOrderError
 from sparseft.modules import agreement
-from sparseft.modules._collective import Group
+from sparseft.modules._collective import Group, KeptGroup
 from sparseft.modules.adapter_values import load_values_
 from sparseft.modules.class_swap import (
     check_class,
@@ -117,22 +117,26 @@ def attach(
         (3, ['diff_weight'])
         >>> _ = sparse.detach()
     """
-    check_masks(masks)
-    if optimizer is not None:
-        check_optimizer(optimizer)
-    refuse_wrapped(model)
-    sharding = Sharding(model)
-    index = ParameterIndex(model)
+    with agreement.failing_together("attach", group):
+        check_masks(masks)
+        if optimizer is not None:
+            check_optimizer(optimizer)
+        refuse_wrapped(model)
+        sharding = Sharding(model)
     start = masks if isinstance(masks, Adapter) else None
-    dense = {index.resolve(n) for n in start.dense} if start is not None else set()
-    if start is not None and start.metadata.fingerprint is not None:
-        verify_fingerprint(model, start.metadata.fingerprint)
-    patterns = resolve_masks(index, masks)
-    chosen = set(index.match(full_params, what="full_params")) if full_params else set()
-    full = [n for n in index.names if n in chosen | dense]
-    check_roles(index, patterns, full)
-    check_ties(model, index, patterns)
-    sharding.check({name: index.get(name) for name in patterns})
+    if sharding.found:  # whose fingerprint is a collective: all have one to verify, or none
+        agreement.check_adapter(start, "attach", group)
+    with agreement.failing_together("attach", group):
+        index = ParameterIndex(model)
+        dense = {index.resolve(n) for n in start.dense} if start is not None else set()
+        if start is not None and start.metadata.fingerprint is not None:
+            verify_fingerprint(model, start.metadata.fingerprint)
+        patterns = resolve_masks(index, masks)
+        chosen = set(index.match(full_params, what="full_params")) if full_params else set()
+        full = [n for n in index.names if n in chosen | dense]
+        check_roles(index, patterns, full)
+        check_ties(model, index, patterns)
+        sharding.check({name: index.get(name) for name in patterns})
     agreement.check_masks(patterns, full, group)
 
     attachment = Attachment(
@@ -149,7 +153,10 @@ def attach(
     attachment._at_detach += guard_wrapping(model, group)
     try:
         agreement.check_bases(attachment._masked.values(), group)
-        agreement.check_adapter(start, "attach", group)
+        if sharding.found:
+            agreement.check_heads(attachment.full_params, group)
+        else:
+            agreement.check_adapter(start, "attach", group)
         if start is not None:
             load_values_(start, index, attachment._masked, attachment.full_params)
             attachment.sync_()
@@ -197,7 +204,7 @@ class Attachment(Trained, MergedExport):
         self.model = model
         self.compact_state_dict = compact_state_dict
         self._active = True
-        self._group = group
+        self._kept_group = KeptGroup(group)
         self._masked: dict[str, MaskedParameter] = {}
         self._owners = {name: index.owners(name) for name in patterns}
         self._flags = [(p, p.requires_grad) for _, p in index.items()]
@@ -236,6 +243,10 @@ class Attachment(Trained, MergedExport):
         except BaseException:
             self.detach(restore=True)
             raise
+
+    @property
+    def _group(self) -> Group:
+        return self._kept_group.group
 
     # Values.
 
@@ -339,7 +350,8 @@ class Attachment(Trained, MergedExport):
             before has to be captured again.
         """
         self._check_active("reselect_")
-        changes = resolve_changes(ParameterIndex(self.model), self._masked, masks)
+        with agreement.failing_together("moving masks", self._group):
+            changes = resolve_changes(ParameterIndex(self.model), self._masked, masks)
         agreement.check_moves({masked.name: pattern for masked, pattern in changes}, self._group)
         return repattern_(changes, optimizer, self._group)
 

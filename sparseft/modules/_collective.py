@@ -15,7 +15,7 @@ from torch import Tensor
 from sparseft.errors import SparseFtError
 from sparseft.modules.ranks import processes
 
-__all__ = ["Group", "Ranks", "exchange_device", "patience"]
+__all__ = ["Group", "KeptGroup", "Ranks", "exchange_device", "patience"]
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +65,22 @@ def patience(what: str) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
+
+
+class KeptGroup:
+    """A `Group` kept by what is copied with its model: deep copies share it.
+
+    A pickle, which cannot hold a process group, has the default one in its place.
+    """
+
+    def __init__(self, group: Group) -> None:
+        self.group = group
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> KeptGroup:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return KeptGroup, (False if self.group is False else None,)
 
 
 class Ranks:

@@ -7,8 +7,9 @@ error. This is the one place that compares ranks.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -20,8 +21,17 @@ from sparseft.diff import SparsePattern
 from sparseft.errors import AttachError
 from sparseft.modules._collective import Group, Ranks
 from sparseft.modules.leaves import MaskedParameter
+from sparseft.modules.weight_storage import is_sharded
 
-__all__ = ["check_adapter", "check_attached", "check_bases", "check_masks", "check_moves"]
+__all__ = [
+    "check_adapter",
+    "check_attached",
+    "check_bases",
+    "check_heads",
+    "check_masks",
+    "check_moves",
+    "failing_together",
+]
 
 _SAME_MASKS = (
     "Masks are to be the same on every rank: select with one seed and the same weights, or select "
@@ -38,6 +48,31 @@ _SAME_MOVES = (
     "DistributedDataParallel reduce every leaf?"
 )
 _SAME_VALUES = "Load one adapter, from one file, on every rank."
+_SAME_HEADS = (
+    "fully_shard leaves them whole (ignored_params) and sends rank 0's to nobody: make them with "
+    "one seed, or torch.distributed.broadcast(parameter.data, 0), before attach."
+)
+
+
+@contextlib.contextmanager
+def failing_together(action: str, group: Group) -> Iterator[None]:
+    """Have the other ranks raise, too, where the code inside fails on this one.
+
+    They are at a comparison of this module, or come to one, and would wait there.
+
+    Args:
+        action: what the code does.
+        group: who trains together.
+    """
+    try:
+        yield
+    except Exception as error:
+        ranks = Ranks(group)
+        if ranks.several:
+            failed = f"{type(error).__name__}: {error}"
+            if not ranks.all_equal(_words(failed.encode()), f"{action} failed here: {failed}"):
+                ranks.gather({"doing": action, "claims": {}, "failed": failed})
+        raise
 
 
 def check_masks(patterns: Mapping[str, SparsePattern], full: Iterable[str], group: Group) -> None:
@@ -63,6 +98,18 @@ def check_bases(masked: Iterable[MaskedParameter], group: Group) -> None:
     if ranks.several:
         claims = {m.name: _digest(m.base) for m in masked}
         _check("attach", "the base weights at the mask", claims, _SAME_BASE, ranks)
+
+
+def check_heads(full: Mapping[str, Tensor], group: Group) -> None:
+    """Raise AttachError, on every rank, unless what is trained densely starts at the same values.
+
+    Of a sharded model, where nobody sends one rank's values to the others. What is cut itself has
+    one value for all.
+    """
+    ranks = Ranks(group)
+    if ranks.several:
+        claims = {name: _digest(p) for name, p in full.items() if not is_sharded(p)}
+        _check("attach", "the full parameter", claims, _SAME_HEADS, ranks)
 
 
 def check_attached(masked: Collection[MaskedParameter], full: Iterable[str], group: Group) -> None:
@@ -94,7 +141,7 @@ def check_adapter(adapter: Adapter | None, action: str, group: Group) -> None:
 def check_moves(patterns: Mapping[str, SparsePattern], group: Group) -> None:
     """Raise AttachError, on every rank, unless all are about to move masks to the same entries."""
     ranks = Ranks(group)
-    if ranks.several and patterns:
+    if ranks.several:
         claims = {name: p.digest() for name, p in patterns.items()}
         _check("moving masks", "the new mask", claims, _SAME_MOVES, ranks)
 
@@ -105,21 +152,30 @@ def _digest(tensor: Tensor) -> str:
     return digest.hexdigest()
 
 
+def _words(text: bytes) -> Tensor:
+    """Return (3,) int64 that stand for a text."""
+    digest = hashlib.blake2b(text, digest_size=24).digest()
+    words = [int.from_bytes(digest[i : i + 8], "big", signed=True) for i in range(0, 24, 8)]
+    return torch.tensor(words)
+
+
 def _check(action: str, part: str, claims: Mapping[str, str], fix: str, ranks: Ranks) -> None:
     """Compare claims (name -> digest) over all ranks; ``action`` and ``part`` name them."""
     total = hashlib.blake2b(f"{action}:{part}".encode(), digest_size=24)
     for name, claim in sorted(claims.items()):
         total.update(f":{len(name)}:{name}:{claim}".encode())
-    text = total.digest()
-    words = [int.from_bytes(text[i : i + 8], "big", signed=True) for i in range(0, 24, 8)]
-    mine = torch.tensor(words)
-    if ranks.all_equal(mine, f"{action}: comparing {part} of {first_of(list(claims), 2)}"):
+    of = f" of {first_of(list(claims), 2)}" if claims else ""
+    if ranks.all_equal(_words(total.digest()), f"{action}: comparing {part}{of}"):
         return
     every = ranks.gather({"doing": f"{action}: {part}", "claims": dict(claims)})
     raise AttachError(_describe(action, part, every, fix))
 
 
 def _describe(action: str, part: str, every: Mapping[int, dict], fix: str) -> str:
+    failed = {rank: told["failed"] for rank, told in every.items() if "failed" in told}
+    if failed:
+        why, who = _sides(failed)[0]
+        return f"{action}: stopped here, because it failed on {_ranks(who)}: {why}"
     doing = {rank: told["doing"] for rank, told in every.items()}
     if len(set(doing.values())) > 1:
         steps = "; ".join(f"{_ranks(who)} at {what!r}" for what, who in _sides(doing))

@@ -38,7 +38,9 @@ __all__ = ["repattern_", "resolve_changes"]
 def resolve_changes(
     index: ParameterIndex, masked: Mapping[str, MaskedParameter], masks: Mapping[str, MaskLike]
 ) -> list[tuple[MaskedParameter, SparsePattern]]:
-    """Match new masks, under any names of their parameters, with what is masked.
+    """Match new masks, under any names of their parameters, with what is masked, in its order.
+
+    (Of sharded weights entries are read in that order, by all processes together.)
 
     Raises:
         UnknownNameError: a parameter that does not exist or is not masked.
@@ -51,7 +53,8 @@ def resolve_changes(
             raise UnknownNameError(f"{given!r} has no mask to move.{did_you_mean(name, masked)}")
         shape = masked[name].pattern.shape
         changes.append((masked[name], as_pattern(mask, name=given, shape=shape)))
-    return changes
+    places = {name: place for place, name in enumerate(masked)}
+    return sorted(changes, key=lambda change: places[change[0].name])
 
 
 @torch.no_grad()

@@ -114,6 +114,9 @@ class Sharding:
     Args:
         model: what masks go on.
 
+    Attributes:
+        found: whether any of its parameters is cut.
+
     Raises:
         AttachError: it is under FSDP1.
     """
@@ -123,6 +126,7 @@ class Sharding:
         settle_model(model)
         self._model = model
         self._shards = shards_of(model)
+        self.found = bool(self._shards)
 
     def of(self, parameter: nn.Parameter) -> Shards | None:
         """Return the record of a parameter that was cut."""

@@ -125,6 +125,26 @@ def changes(rank):
     assert all(torch.equal(compare[n], v) for n, v in before.items())
 
 
+def ranks_apart(rank):
+    model = kit.net()
+    torch.manual_seed(rank)
+    model.head = nn.Linear(kit.WORDS, 3)
+    masks = kit.masks(model)
+    fully_shard(
+        model, mesh=init_device_mesh("cpu", (2,)), ignored_params={*model.head.parameters()}
+    )
+    heads = lambda: sparseft.attach(model, masks, full_params=["head.*"])  # noqa: E731
+    refused(heads, "disagree on the full parameter of 'head.weight' (and 1 more)", "rank 1")
+    for p in model.head.parameters():
+        torch.distributed.broadcast(p.data, 0)
+    adapter = heads().adapter()
+    sparseft.attachments_of(model)[-1].detach()
+    # One rank verifies a fingerprint, which is a collective, the other has none.
+    start = adapter if rank else masks
+    refused(lambda: sparseft.attach(model, start), "is there on rank 1 and not on rank 0")
+    assert not sparseft.attachments_of(model)
+
+
 def attached_first(rank):
     mesh = init_device_mesh("cpu", (2,))
     model = layer()
@@ -133,6 +153,6 @@ def attached_first(rank):
     sparse.detach()
 
 
-@pytest.mark.parametrize("function", [placements, changes, attached_first])
+@pytest.mark.parametrize("function", [placements, changes, ranks_apart, attached_first])
 def test_what_cannot_be(run_ranks, function):
     run_ranks(function, 2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import pickle
 import time
 
 import pytest
@@ -102,6 +103,84 @@ def test_each_kind_of_disagreement_is_named_on_every_rank(run_ranks):
     assert "ranks 1, 2, 3 at 'attach: the mask'" in text["place"]
     assert said["clean"] is True, "no mask is left where attach was refused"
     assert said["untouched"] is True
+
+
+def fails_alone(rank):
+    said = {}
+    model, masks = network()
+    with sparseft.attach(model, masks, group=False) as sparse:
+        adapter = sparse.adapter()
+    with torch.no_grad():
+        model[0].weight[3, 3] += rank == 1
+    said["base"] = refused(lambda: sparseft.attach(model, adapter))
+    model, masks = network()
+    said["name"] = refused(lambda: sparseft.attach(model, {"9.weight": masks["0.weight"]}))
+    sparse = sparseft.attach(model, masks)
+    moved = {"2.weight" if rank == 0 else "0.weight": masks["0.weight"].flip(0)}
+    said["moves"] = refused(lambda: sparse.reselect_(moved, optimizer=None))
+    some = {"0.weight": masks["0.weight"].flip(0)} if rank == 0 else {}
+    said["none"] = refused(lambda: sparse.reselect_(some, optimizer=None))
+    return said
+
+
+def test_a_failure_on_one_rank_is_said_on_all(run_ranks):
+    first, second = run_ranks(fails_alone, 2)
+    assert second["base"][0] == "BaseMismatchError"
+    assert first["base"][0] == "AttachError"
+    text = (
+        f"attach: stopped here, because it failed on rank 1: BaseMismatchError: {second['base'][1]}"
+    )
+    assert first["base"][1] == text
+    assert first["name"] == second["name"]
+    assert first["name"][0] == "UnknownNameError"
+    assert first["moves"][0] == "UnknownNameError"
+    assert "moving masks: stopped here, because it failed on rank 0" in second["moves"][1]
+    assert first["none"] == second["none"]
+    assert "'0.weight' is there on rank 0 and not on rank 1" in first["none"][1]
+
+
+def attached_alone(rank):
+    found = {}
+    for what in ("mask", "base", "nothing"):
+        model, masks = network()
+        if what == "mask" and rank == 1:
+            masks["1.weight"] = masks["1.weight"].flip(0)
+        if what == "base" and rank == 1:
+            with torch.no_grad():
+                model[1].weight += 1
+        sparse = sparseft.attach(model, masks, full_params=["3.*"], group=False)
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        data = torch.randint(0, 11, (4, 5))
+        with torch.no_grad():
+            wrapped(data)
+        found[what] = refused(lambda run=wrapped, x=data: run(x).sum().backward())
+        sparse.detach()
+        assert not model._forward_pre_hooks
+    return found
+
+
+def test_what_was_attached_alone_is_compared_by_the_wrapper(run_ranks):
+    for found in run_ranks(attached_alone, 2):
+        assert "ranks disagree on the mask of '1.weight'" in found["mask"][1]
+        assert "disagree on the base weights at the mask of '1.weight'" in found["base"][1]
+        assert found["nothing"] == ("", "")
+
+
+def copied(rank):
+    found = []
+    for group in (dist.new_group([0, 1]), False):
+        model, masks = network()
+        sparseft.attach(model, masks, group=group)
+        for copy_of in (copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))):
+            twin = copy_of(model)
+            found.append(sparseft.attachments_of(twin)[-1]._group is group)
+            sparseft.attachments_of(twin)[-1].detach()
+    return found
+
+
+def test_copies_of_a_model_attached_within_a_group(run_ranks):
+    # A group cannot be pickled: there it is the default one again.
+    assert run_ranks(copied, 2) == [[True, False, True, True]] * 2
 
 
 def agree(rank):
