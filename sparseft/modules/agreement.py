@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from sparseft.diff import SparsePattern
 from sparseft.errors import AttachError
 from sparseft.modules._collective import Group, Ranks
 from sparseft.modules.leaves import MaskedParameter
-from sparseft.modules.weight_storage import is_sharded
+from sparseft.modules.weight_storage import full_value, is_sharded
 
 __all__ = [
     "check_adapter",
@@ -49,8 +50,8 @@ _SAME_MOVES = (
 )
 _SAME_VALUES = "Load one adapter, from one file, on every rank."
 _SAME_HEADS = (
-    "fully_shard leaves them whole (ignored_params) and sends rank 0's to nobody: make them with "
-    "one seed, or torch.distributed.broadcast(parameter.data, 0), before attach."
+    "fully_shard leaves it whole (ignored_params) or keeps copies of its shards, and sends rank "
+    "0's to nobody: make it with one seed, or torch.distributed.broadcast it before fully_shard."
 )
 
 
@@ -104,11 +105,12 @@ def check_heads(full: Mapping[str, Tensor], group: Group) -> None:
     """Raise AttachError, on every rank, unless what is trained densely starts at the same values.
 
     Of a sharded model, where nobody sends one rank's values to the others. What is cut itself has
-    one value for all.
+    one value for all, unless there are several copies of its shards.
     """
     ranks = Ranks(group)
     if ranks.several:
-        claims = {name: _digest(p) for name, p in full.items() if not is_sharded(p)}
+        copied = {name: p for name, p in full.items() if not is_sharded(p) or _is_copied(p)}
+        claims = {name: _digest(full_value(p)) for name, p in copied.items()}
         _check("attach", "the full parameter", claims, _SAME_HEADS, ranks)
 
 
@@ -144,6 +146,10 @@ def check_moves(patterns: Mapping[str, SparsePattern], group: Group) -> None:
     if ranks.several:
         claims = {name: p.digest() for name, p in patterns.items()}
         _check("moving masks", "the new mask", claims, _SAME_MOVES, ranks)
+
+
+def _is_copied(sharded: Any) -> bool:
+    return any(placement.is_replicate() for placement in sharded.placements)
 
 
 def _digest(tensor: Tensor) -> str:

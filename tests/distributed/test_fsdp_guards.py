@@ -143,6 +143,15 @@ def ranks_apart(rank):
     start = adapter if rank else masks
     refused(lambda: sparseft.attach(model, start), "is there on rank 1 and not on rank 0")
     assert not sparseft.attachments_of(model)
+    # Copies, here of one shard each.
+    mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("copies", "shards"))
+    torch.manual_seed(0)
+    model, head = nn.Linear(4, 6), nn.Linear(6, 4)
+    with torch.no_grad():
+        head.weight += rank
+    model = fully_shard(nn.Sequential(model, head), mesh=mesh)
+    heads = lambda: sparseft.attach(model, MASK, full_params=["1.*"])  # noqa: E731
+    refused(heads, "disagree on the full parameter of '1.weight': rank 1", "copies of its shards")
 
 
 def attached_first(rank):

@@ -71,7 +71,7 @@ def apart(rank):
     if rank == 1:
         mask = sparse.patterns["body.0.weight"].to_mask().flip(0)
         sparse.reselect_({"body.0.weight": mask}, optimizer=None)
-    sparse._group = None
+    sparse._kept_group.group = None
     SparseCallback(sparse).add_to(trainer)
     try:
         trainer.train()
