@@ -58,11 +58,17 @@ def check_samples(given: object) -> None:
     for name, fact in given.items():
         values: Any = fact.get("samples") if isinstance(fact, Mapping) else None
         fine = isinstance(values, list | tuple) and len(values) in (0, SAMPLES)
-        if not fine or not all(type(v) in (int, float) and math.isfinite(v) for v in values):
+        if not fine or not all(_is_finite(v) for v in values):
             raise AdapterFormatError(
                 f"base_samples of {str(name)[:200]!r} are {str(fact)[:80]}, wanted a dtype and "
                 f"{SAMPLES} finite numbers."
             )
+
+
+def _is_finite(value: object) -> bool:
+    if type(value) is int:  # as some writers give whole numbers; a long one is no float
+        return abs(value) < 1 << 128
+    return isinstance(value, float) and math.isfinite(value)
 
 
 def check_base(

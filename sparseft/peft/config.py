@@ -95,7 +95,7 @@ class SparseFtConfig(PeftConfig):
         default=None, metadata={"help": "Number of entries and shape by parameter; filled in."}
     )
     base_samples: dict[str, dict[str, Any]] | None = field(
-        default=None, metadata={"help": "Samples of the base by parameter; filled in."}
+        default=None, repr=False, metadata={"help": "Samples of the base by parameter; filled in."}
     )
     masks: Any = field(default=None, repr=False, compare=False, metadata={"help": "Ready masks."})
     adapter: Any = field(

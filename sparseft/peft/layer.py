@@ -170,6 +170,10 @@ class SparseFtLayer(Merging, nn.Module, BaseTunerLayer):
                 values = state_dict.get(f"{prefix}{values_name}.{adapter}")
                 if isinstance(values, Tensor):
                     self._check_values(f"{prefix}{values_name}.{adapter}", values)
+                elif (attr, adapter) in self._unfilled:
+                    raise AdapterFormatError(
+                        f"{key}: there are positions, but no {values_name}: the file is damaged."
+                    )
                 self._unfilled.discard((attr, adapter))
         self._applied.clear()
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
@@ -240,11 +244,12 @@ class SparseFtLayer(Merging, nn.Module, BaseTunerLayer):
     def _together(self, names: tuple[str, ...]) -> Applied | None:
         """Return what adds the sum of some adapters to a whole batch, None for nothing."""
         site = self.site  # before the cache is asked: a new base layer empties it
-        if names not in self._applied:
+        made = self._applied.get(names, self)  # threads may empty the cache at any time
+        if made is self:
             self.check_filled(names)
             blend = self._blend(names, site)
-            self._applied[names] = Applied([blend]) if blend else None
-        return self._applied[names]
+            made = self._applied[names] = Applied([blend]) if blend else None
+        return made
 
     def _mixed(self, names: Sequence[str]) -> Applied | None:
         if self.merged:
@@ -253,15 +258,16 @@ class SparseFtLayer(Merging, nn.Module, BaseTunerLayer):
                 f"{self.name!r}; call unmerge_adapter() first."
             )
         site, key = self.site, (BASE, *names)
-        if key not in self._applied:
+        made = self._applied.get(key, self)
+        if made is self:
             distinct = sorted(set(names))
             self.check_filled(distinct)
             blends = [{} if name == BASE else self._blend([name], site) for name in distinct]
             row_of = [distinct.index(name) for name in names]
             if len(self._applied) > 64:  # every new order of rows makes another
                 self._applied.clear()
-            self._applied[key] = Applied(blends, row_of) if any(blends) else None
-        return self._applied[key]
+            made = self._applied[key] = Applied(blends, row_of) if any(blends) else None
+        return made
 
     def _blend(self, names: Sequence[str], site: Site) -> Blend:
         """Return what some adapters do to the weight and the bias together."""

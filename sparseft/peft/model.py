@@ -69,7 +69,16 @@ class SparseFtModel(BaseTuner):
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
-        """Lay out an adapter in the model, and give it what its configuration starts from."""
+        """Lay out an adapter in the model, and give it what its configuration starts from.
+
+        Raises:
+            OptionError: a name with a dot, which torch allows in no name of a parameter.
+        """
+        if "." in adapter_name:
+            raise OptionError(
+                f"adapter name {adapter_name!r} has a dot, which torch allows in no name of a "
+                f"parameter; call it {adapter_name.replace('.', '_')!r}, say."
+            )
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         finally:

@@ -87,7 +87,8 @@ def test_folders_without_samples_are_taken(folder):
 @pytest.mark.parametrize(
     "given",
     [[], {"0.weight": 3}, {"0.weight": {"samples": [1.0]}}, {"0.weight": {"samples": ["a"] * 16}},
-     {"0.weight": {"samples": [float("nan")] * 16}}, {"0.weight": {"samples": [True] * 16}}],
+     {"0.weight": {"samples": [float("nan")] * 16}}, {"0.weight": {"samples": [True] * 16}},
+     {"0.weight": {"samples": [10**400] * 16}}],
 )  # fmt: skip
 def test_hostile_samples(given):
     with pytest.raises(AdapterFormatError, match="base_samples"):

@@ -265,6 +265,19 @@ def test_files_are_checked_before_anything_uses_them(tools, tmp_path):
     save_file({**held, values: torch.full_like(held[values], torch.nan)}, file)
     with pytest.raises(sparseft.errors.AdapterFormatError, match="must be finite"):
         peft.PeftModel.from_pretrained(tools.tiny("bert").model, tmp_path)
+    del held[values]
+    save_file(held, file)
+    with pytest.raises(sparseft.errors.AdapterFormatError, match="no sparseft_values: the file is"):
+        peft.PeftModel.from_pretrained(tools.tiny("bert").model, tmp_path)
+
+
+def test_a_name_with_a_dot_is_refused_and_changes_nothing(pair, tools):
+    model, batch = pair[:2]
+    wanted = tools.logits(model, batch)
+    with pytest.raises(sparseft.errors.OptionError, match=r"'v1\.0' has a dot.*'v1_0'"):
+        model.add_adapter("v1.0", SparseFtConfig(target_modules=["query"], nnz=5))
+    assert "v1.0" not in model.peft_config
+    assert torch.equal(tools.logits(model, batch), wanted)
 
 
 def test_inference_mode_before_training(pair):
