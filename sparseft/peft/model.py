@@ -19,6 +19,7 @@ from sparseft.peft._shim import PREFIX
 from sparseft.peft.config import SparseFtConfig
 from sparseft.peft.extraction import adapter_of, heads_of
 from sparseft.peft.layer import BASE, SparseFtLayer, layer_for
+from sparseft.peft.merging import ATTRS
 from sparseft.peft.planning import Plan, plan_layers
 
 __all__ = ["SparseFtModel"]
@@ -84,8 +85,7 @@ class SparseFtModel(BaseTuner):
         finally:
             self._planned = {}
         config = self.peft_config[adapter_name]
-        if not config.inference_mode:
-            self._undo_repacking += tuple(keep_all_trainable(model))
+        self._keep_trainable()
         if config.adapter is not None:
             _fill_heads(model, adapter_name, config.adapter)
 
@@ -108,6 +108,17 @@ class SparseFtModel(BaseTuner):
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
+
+    def set_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Set the active adapters, as `BaseTuner` does; trainable unless ``inference_mode``."""
+        super().set_adapter(*args, **kwargs)
+        self._keep_trainable()
+
+    def _keep_trainable(self) -> None:
+        """Let bitsandbytes repack no layer for inference while there is something to train."""
+        held = (layer.values_of(attr) for layer in self._layers() for attr in ATTRS)
+        if any(values.requires_grad for table in held for values in table.values()):
+            self._undo_repacking += tuple(keep_all_trainable(self.model))
 
     # Merging and unloading.
 

@@ -101,6 +101,22 @@ def test_evaluation_between_steps_leaves_it_trainable():
     assert [layer.support_avx512bf16_for_cpu for layer in (base.first, base.second)] == before
 
 
+def test_loaded_for_inference_it_may_be_repacked_until_it_trains(tmp_path):
+    def flags(model):
+        return [m.support_avx512bf16_for_cpu for m in model.modules() if hasattr(m, "quant_state")]
+
+    config = SparseFtConfig(target_modules=["first"], nnz=50)
+    peft.get_peft_model(Net(), config).save_pretrained(tmp_path)
+    made = nf4(Net().requires_grad_(False))
+    for layer in (made.first, made.second):
+        layer.support_avx512bf16_for_cpu = True
+    model = peft.PeftModel.from_pretrained(made, tmp_path)
+    assert flags(model) == [True, True]
+    model.set_adapter("default")
+    assert flags(model) == [False, False]
+    assert flags(model.unload()) == [True, True]
+
+
 def test_nothing_is_merged_into_quantised_storage_and_nothing_changes(net, tools):
     model = peft.get_peft_model(net, SparseFtConfig(target_modules=["first", "second"], nnz=99))
     tools.scramble(model)
