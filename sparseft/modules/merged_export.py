@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sparseft.errors import AttachError
+from sparseft.modules._collective import KeptGroup, Ranks
 from sparseft.modules.dequantise import dequantise, is_opaque, is_quantised
 from sparseft.modules.leaves import MaskedParameter
 from sparseft.modules.names import STATE_KEY
@@ -34,6 +35,7 @@ class MergedExport:
 
     model: nn.Module
     _masked: dict[str, MaskedParameter]
+    _kept_group: KeptGroup
 
     @torch.no_grad()
     def merged_state_dict(self, dtype: torch.dtype | None = torch.bfloat16) -> dict[str, Tensor]:
@@ -66,7 +68,7 @@ class MergedExport:
 
         For models of transformers: config (without its quantisation), generation config and the
         weights of `merged_state_dict`, as ``save_pretrained`` writes them. Tokenizers are yours to
-        save.
+        save. Of a sharded model all processes call; one writes, and all go on once it has.
 
         Args:
             folder: made if need be.
@@ -88,7 +90,12 @@ class MergedExport:
         with torch.device("meta"):
             stock = type(model)(config).to(dtype)  # save_pretrained writes its dtype down
         stock.generation_config = getattr(model, "generation_config", None)
-        stock.save_pretrained(folder, state_dict=self.merged_state_dict(dtype))
+        sharded = any(is_sharded(p) for p in model.parameters())
+        ranks = Ranks(self._kept_group.group if sharded else False)
+        state = self.merged_state_dict(dtype)  # gathers what is sharded
+        with ranks.lead_first("the merged model is written"):
+            if ranks.leads:
+                stock.save_pretrained(folder, state_dict=state)
         return Path(folder)
 
 

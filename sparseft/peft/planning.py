@@ -294,9 +294,15 @@ def _selected(
     if not found:
         return {}  # PEFT says why, with what was excluded
     wanted: dict[str, Any] = {"density": config.density, "nnz": config.nnz, "scope": config.scope}
-    masks: Masks = select(
-        _stand_in(found), config.selection, seed=config.seed, **wanted, **config.selection_options
-    )
+    options = {"seed": config.seed, **wanted, **config.selection_options}
+    try:
+        masks: Masks = select(_stand_in(found), config.selection, **options)
+    except OptionError as bad:
+        raise OptionError(
+            f"SparseFtConfig(selection={config.selection!r}): {bad} What the configuration has no "
+            f"place for (batches, a base, ...) is chosen first and given: SparseFtConfig(masks="
+            f"sparseft.select(model, {config.selection!r}, ...))."
+        ) from None
     return {
         name: Part(tuple(pattern.shape), pattern.nnz, pattern)
         for name, pattern in masks.items()

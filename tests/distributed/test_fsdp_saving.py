@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import time
+import types
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import sparseft
 from sparseft import Adapter
@@ -154,3 +158,33 @@ def test_another_base_and_other_masks_are_refused_on_every_process(run_ranks, tm
     assert first[0] == first[1]
     assert "lie outside the mask" in first[2]
     assert leaves == [0.0] * len(leaves), "nothing was loaded"
+
+
+class Savable(torch.nn.Module):
+    """What `save_merged` asks of a model of transformers; a slow disk."""
+
+    def __init__(self, config):
+        super().__init__()
+        torch.manual_seed(0)
+        self.config, self.layer = config, torch.nn.Linear(6, 4)
+
+    def save_pretrained(self, folder, state_dict):
+        time.sleep(0.1)
+        folder.mkdir()  # once
+        torch.save(state_dict, folder / "model.pt")
+
+
+def merges(rank, folder):
+    model = Savable(types.SimpleNamespace())
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    sparse = sparseft.attach(model, {"layer.weight": torch.eye(4, 6).bool()})
+    sparse.leaves["layer.weight"].data.fill_(1)
+    sparse.sync_()
+    sparse.save_merged(folder / "merged", dtype=torch.float32)
+    return torch.load(folder / "merged" / "model.pt")
+
+
+def test_one_process_writes_the_merged_model_and_all_find_it(run_ranks, tmp_path):
+    base = Savable(None).layer.weight.detach()
+    for state in run_ranks(merges, 2, tmp_path):
+        assert torch.equal(state["layer.weight"], base + torch.eye(4, 6))

@@ -170,6 +170,11 @@ def test_an_adapter_gives_values_and_heads():
         ({"target_modules": ["1"], "nnz": 2}, AttachError, "a ReLU, which has no weight"),
         ({"target_modules": ["0"], "nnz": 2, "selection": "randm"}, UnknownNameError, "random"),
         ({"target_modules": ["0"], "nnz": 2, "selection": "magnitude"}, SparseFtError, "base"),
+        (
+            {"target_modules": ["0"], "nnz": 2, "selection": "fisher"},
+            OptionError,
+            r"batches=.*SparseFtConfig\(masks=sparseft.select\(model, 'fisher'",
+        ),
         ({"masks": {"9.weight": torch.ones(2, 2).bool()}}, MaskError, "no '9.weight'"),
         ({"masks": {"0.weight": torch.ones(2, 2).bool()}}, MaskError, r"\(2, 2\)"),
         ({"masks": 3}, OptionError, "masks is int"),
