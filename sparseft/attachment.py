@@ -123,6 +123,7 @@ def attach(
             check_optimizer(optimizer)
         refuse_wrapped(model)
         sharding = Sharding(model)
+        sharding.check_group(group)
     start = masks if isinstance(masks, Adapter) else None
     if sharding.found:  # whose fingerprint is a collective: all have one to verify, or none
         agreement.check_adapter(start, "attach", group)

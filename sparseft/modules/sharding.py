@@ -132,6 +132,15 @@ class Sharding:
         """Return the record of a parameter that was cut."""
         return self._shards.get(id(parameter))
 
+    def check_group(self, group: Any) -> None:
+        """Raise AttachError where a sharded model is to be trained by this process alone."""
+        if self.found and group is False:
+            raise AttachError(
+                "group=False says that this process trains alone, but fully_shard has cut the "
+                "model over several, which gather it and reduce its diffs together. Leave group "
+                "out, and attach on every rank; for a model of this rank alone load it whole."
+            )
+
     def check(self, weights: Mapping[str, nn.Parameter]) -> None:
         """Raise AttachError for a weight, by name, that is cut in a way masks cannot follow."""
         for name, weight in weights.items():

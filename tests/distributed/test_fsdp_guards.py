@@ -56,6 +56,10 @@ def placements(rank):
     fully_shard(offloaded, mesh=mesh, offload_policy=CPUOffloadPolicy(pin_memory=False))
     refused(lambda: sparseft.attach(offloaded, MASK), "'0.weight'", "CPUOffloadPolicy", "Leave out")
 
+    cut = layer()
+    fully_shard(cut, mesh=mesh)
+    refused(lambda: sparseft.attach(cut, MASK, group=False), "group=False", "Leave group out")
+
     flat = FullyShardedDataParallel(layer(), device_id=torch.device("cpu"), use_orig_params=True)
     refused(lambda: sparseft.attach(flat, MASK), "FSDP1", "fully_shard", "fsdp_version: 2")
 
