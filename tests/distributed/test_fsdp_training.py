@@ -186,7 +186,7 @@ def lower_precision(rank):
     stochastic = [kit.net(torch.bfloat16), kit.shard(kit.net(torch.bfloat16))]
     results = []
     for model in stochastic:
-        sparse = sparseft.attach(model, kit.masks(model), group=False)
+        sparse = sparseft.attach(model, kit.masks(model))
         rule = sparseft.SparseAdamW(sparse.parameters(), lr=0.01, stochastic_rounding=True, seed=5)
         for leaf in sparse.parameters():
             leaf.grad = torch.ones_like(leaf)
