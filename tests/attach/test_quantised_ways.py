@@ -128,6 +128,7 @@ def test_evaluating_before_attach_or_between_steps_leaves_it_trainable(scheme):
         model(X)
 
 
+@q.needs("bitsandbytes")
 @pytest.mark.parametrize("by", ["attach", "scores"])
 def test_evaluating_leaves_layers_without_a_mask_passable(by):
     model = q.net("bnb.nf4")
@@ -150,6 +151,7 @@ def test_evaluating_leaves_layers_without_a_mask_passable(by):
     assert by == "scores" or (found[0].any() and torch.equal(*found))
 
 
+@q.needs("bitsandbytes")
 @pytest.mark.parametrize("first", [0, 1])
 def test_two_attachments_keep_each_others_layers_from_repacking(first):
     model = q.net("bnb.nf4")
