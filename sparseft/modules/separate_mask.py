@@ -81,7 +81,7 @@ def refuse_keeping(masks: Iterable[MaskedParameter]) -> None:
     """Raise AttachError for ``detach(restore=False)`` where a weight cannot keep its diff."""
     beside = [masked for masked in masks if masked.separate]
     if beside:
-        more = f" and {len(beside) - 1} more" if len(beside) > 1 else ""
+        more = f" (with {len(beside) - 1} more)" if len(beside) > 1 else ""
         raise AttachError(
             f"detach(restore=False): {beside[0].name!r}{more} is quantised ({beside[0].scheme}), "
             "and nothing is merged into quantised storage: small diffs would be lost in its "

@@ -96,6 +96,8 @@ def profile_table(found: Profile) -> tuple[list[str], list[list[str]]]:
         missing = _note(reasons, row.not_measured)
         second = f"  {_count(row.trainable)}" if row.trainable else ""
         rows.append([second, "meas.", *_bytes(row.measured, unit, missing), "", time, speed])
+    if not any(row.measurement and row.measurement.steps for row in found.rows):
+        return header[:-2], [cells[:-2] for cells in rows]  # ranks that share a CPU are not timed
     return header, rows
 
 
