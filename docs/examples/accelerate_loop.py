@@ -1,7 +1,7 @@
 """Sparse fine-tuning in an accelerate loop, stopped and resumed in the middle of an epoch.
 
 python accelerate_loop.py                                 # seconds on a CPU
-python accelerate_loop.py --stop-after 25 && python accelerate_loop.py --resume   # the same bits
+python accelerate_loop.py --stop-after 25; python accelerate_loop.py --resume   # the same bits
 accelerate launch accelerate_loop.py --model xlm-roberta-base --data train.tsv --lr 1e-4
 """
 

@@ -2,7 +2,7 @@
 
 python ddp_loop.py                                        # one process, seconds on a CPU
 torchrun --nproc-per-node 2 ddp_loop.py                   # two: the same batches, half each
-torchrun --nproc-per-node 2 ddp_loop.py --stop-after 25 && python ddp_loop.py --resume
+torchrun --nproc-per-node 2 ddp_loop.py --stop-after 25; python ddp_loop.py --resume
 torchrun --nproc-per-node 8 ddp_loop.py --model xlm-roberta-base --data train.tsv --lr 1e-4
 """
 

@@ -2,7 +2,7 @@
 
 python fsdp_loop.py                                       # one process, seconds on a CPU
 torchrun --nproc-per-node 2 fsdp_loop.py                  # two: half of each weight and batch
-torchrun --nproc-per-node 2 fsdp_loop.py --stop-after 25 && python fsdp_loop.py --resume
+torchrun --nproc-per-node 2 fsdp_loop.py --stop-after 25; python fsdp_loop.py --resume
 torchrun --nproc-per-node 8 fsdp_loop.py --model xlm-roberta-base --data train.tsv --lr 1e-4
 """
 

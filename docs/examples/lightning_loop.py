@@ -1,7 +1,7 @@
 """Sparse fine-tuning in Lightning (pip install lightning), resumed in the middle of an epoch.
 
 python lightning_loop.py                                  # seconds on a CPU
-python lightning_loop.py --stop-after 25 && python lightning_loop.py --resume     # the same bits
+python lightning_loop.py --stop-after 25; python lightning_loop.py --resume     # the same bits
 python lightning_loop.py --model xlm-roberta-base --data train.tsv --lr 1e-4
 """
 

@@ -1,7 +1,7 @@
 """Sparse fine-tuning in a plain PyTorch loop, stopped and resumed in the middle of an epoch.
 
 python plain_loop.py                                      # seconds on a CPU
-python plain_loop.py --stop-after 25 && python plain_loop.py --resume     # the same bits
+python plain_loop.py --stop-after 25; python plain_loop.py --resume     # the same bits
 python plain_loop.py --model xlm-roberta-base --data train.tsv --lr 1e-4
 """
 

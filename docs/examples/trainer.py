@@ -1,7 +1,7 @@
 """Sparse fine-tuning in a stock transformers Trainer: best model, early stopping, resume.
 
 python trainer.py                                         # seconds on a CPU
-python trainer.py --stop-after 25 && python trainer.py --resume     # the same bits
+python trainer.py --stop-after 25; python trainer.py --resume     # the same bits
 python trainer.py --model xlm-roberta-base --data train.tsv --lr 1e-4 --bf16
 torchrun --nproc-per-node 2 trainer.py                    # on several GPUs, or CPU processes
 """
