@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -55,24 +56,32 @@ def test_an_error_inside_leaves_the_old_file(old: Path, error: type[BaseExceptio
     assert only(old, b"old")
 
 
-@pytest.fixture
-def file_size_limit() -> Iterator[int]:
-    """A real limit of the kernel: writes past 64 KiB fail, as on a full disk."""
+LIMIT = 1 << 16
+
+
+@contextlib.contextmanager
+def limited_file_size() -> Iterator[None]:
+    """A real limit of the kernel: writes past `LIMIT` fail, as on a full disk.
+
+    Around the writing call alone: pytest's own output may go to a longer file.
+    """
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))
-    yield 1 << 16
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @posix
-def test_a_failing_write_leaves_the_old_adapter(tmp_path: Path, file_size_limit: int):
+def test_a_failing_write_leaves_the_old_adapter(tmp_path: Path):
     small = Adapter({"w": SparseDiff.from_dense(torch.ones(4))})
     file = small.save(tmp_path)
     before = file.read_bytes()
-    large = Adapter({"w": SparseDiff.from_dense(torch.ones(file_size_limit))})
-    with pytest.raises(OSError) as caught:  # noqa: PT011  (the number is checked below)
+    large = Adapter({"w": SparseDiff.from_dense(torch.ones(LIMIT))})
+    with limited_file_size(), pytest.raises(OSError) as caught:  # noqa: PT011  (checked below)
         large.save(tmp_path)
     assert caught.value.errno == errno.EFBIG
     assert caught.value.filename == str(file)
@@ -93,11 +102,13 @@ def test_disk_full_at_any_call(old: Path, monkeypatch: pytest.MonkeyPatch, call:
 
 
 @posix
-def test_a_failing_torch_save_is_an_error_of_the_disk(old: Path, file_size_limit: int):
+def test_a_failing_torch_save_is_an_error_of_the_disk(old: Path):
     """Torch's writer turns it into a RuntimeError about a line of its own source."""
-    with pytest.raises(OSError, match="too large") as caught, atomic_write(old) as file:  # noqa: PT012
-        torch.save({"w": torch.ones(file_size_limit)}, file)
-        file.write(b"never reached")
+    large = {"w": torch.ones(LIMIT)}
+    with limited_file_size(), pytest.raises(OSError, match="too large") as caught:  # noqa: PT012
+        with atomic_write(old) as file:
+            torch.save(large, file)
+            file.write(b"never reached")
     assert caught.value.errno == errno.EFBIG
     assert caught.value.filename == str(old)
     assert only(old, b"old")
