@@ -237,7 +237,8 @@ def test_a_hub_name_without_a_hub(base, adapters, tmp_path):
     assert (tmp_path / "found" / "tokenizer.json").is_file()
     assert not (tmp_path / "lost").exists()
     assert "Retry" not in done.stderr
-    [said] = done.stderr.strip().splitlines()
+    # Libraries that transformers imports where they are installed (torchao) talk there, too.
+    [said] = [line for line in done.stderr.splitlines() if line.startswith("sparseft")]
     assert said.startswith("sparseft compose: base model 'some-org/nowhere' cannot be loaded")
     assert "neither a folder here nor in the cache of downloads" in said
     assert "give the path of a folder written by save_pretrained" in said
